@@ -1,0 +1,435 @@
+"""Stage 3: GRPO with the superior-CoT rule and the behaviour-cloning term (RAIF, arXiv 2506.01413, section 3).
+
+    python grpo.py                                             # SmolLM2-135M from runs/sft/model, about 15 minutes
+    torchrun --standalone --nproc-per-node 2 grpo.py           # the same gradient from two processes
+    torchrun --nproc-per-node 4 grpo.py --preset paper-1.5b --model Qwen/Qwen2.5-1.5B-Instruct --data FILE
+    python grpo.py --resume                                    # go on after a kill: bit for bit the same weights on CPU
+
+The way of one prompt: record -> prompt ids -> G reasoning + H direct rollouts -> scores -> rewards_PG, keep_P,
+advantages_PG -> micro-batches -> logp, old, ref -> loss + BC -> optimizer step -> log line and samples file.
+What is not in here, because the paper's objective does not have it: an entropy bonus, a critic, discounting
+(γ = 1), KL inside the reward, more than one inner epoch.
+"""
+
+import math
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import model as m
+from rewards import InputError, read_records, score
+
+
+@dataclass
+class Config:
+    model: str = "runs/sft/model"  # initial policy and reference policy; the paper's rows start from an instruct model
+    data: str = "runs/evolve/train.jsonl"  # records; data/train.jsonl if evolve.py never ran
+    out: str = "runs/grpo"  # run folder
+    family: Literal["cold", "warm"] = "cold"  # answer format: think and answer tags, or think tags alone (R1 style)
+    # the objective: the paper's values
+    clip_eps: float = 0.2  # ε of the clipped surrogate
+    kl_coef: float = 0.001  # weight of the k3 KL to the initial policy; 0 = no reference model
+    bc_coef: float = 1.0  # λ of the behaviour-cloning term (Eq. 8); 0 = off
+    superior_cot: bool = True  # skip prompts on which every reasoning rollout is worse than every direct one (Eq. 7)
+    math_ratio: float = 0.2  # math prompts per instruction prompt (the paper's main runs: 1)
+    # the scale: a laptop's values
+    steps: int = 30  # rollout batches
+    prompts: int = 4  # P, prompts a rollout batch, over all processes
+    group: int = 6  # G, reasoning rollouts a prompt (math prompts get group + direct of them)
+    direct: int = 2  # H, no-reasoning rollouts an instruction prompt
+    updates: int = 1  # optimizer steps a rollout batch; the first is exactly on-policy
+    bc_batch: int = 4  # expert answers an update
+    max_new_tokens: int = 128  # response limit
+    max_prompt_tokens: int = 1024  # longer prompts are left out, and counted
+    temperature: float = 1.0  # sampling temperature; top-p and top-k stay off
+    lr: float = 1e-5  # peak learning rate
+    warmup: float = 0.03  # share of lr_horizon with linear warm-up
+    lr_horizon: int = 0  # optimizer steps until the cosine reaches a tenth of the peak; 0 = twice the run
+    micro_tokens: int = 2048  # tokens a micro-batch, padding included
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic; master weights are float32
+    engine: Literal["hf", "vllm"] = "hf"  # rollout engine
+    save_every: int = 10  # steps between checkpoints
+    seed: int = 0  # of data order and sampling
+    resume: bool = False  # continue from RUN/checkpoint
+
+
+# 26K prompts = 812 rollout batches an episode; the cosine's 30-episode horizon (2 updates each) is never reached.
+_PAPER = dict(steps=2000, prompts=32, updates=2, bc_batch=128, max_new_tokens=4096, lr=1e-6, lr_horizon=48_720,
+              math_ratio=1.0, micro_tokens=16_384, save_every=50)
+PRESETS = {
+    "paper-1.5b": dict(model="Qwen/Qwen2.5-1.5B-Instruct", **_PAPER),
+    "paper-7b": dict(model="Qwen/Qwen2.5-7B-Instruct", **_PAPER),
+}
+
+
+# ---------------------------------------------------------------- the objective
+
+
+def group_advantages(rewards_PG: torch.Tensor) -> torch.Tensor:
+    """Group-normalised advantages, (P, G): A_i = (R_i − mean_G) / std_G with the unbiased std.
+
+    A group of equal rewards, or of one rollout, says nothing about which rollout is better: exact zeros.
+    """
+    if rewards_PG.shape[1] < 2:
+        return torch.zeros_like(rewards_PG)
+    centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    advantages_PG = centred_PG / (rewards_PG.std(1, keepdim=True) + 1e-8)
+    flat_P = rewards_PG.amax(1, keepdim=True) == rewards_PG.amin(1, keepdim=True)
+    return torch.where(flat_P, torch.zeros_like(advantages_PG), advantages_PG)
+
+
+def superior_cot_mask(reasoning_PG: torch.Tensor, direct_PH: torch.Tensor) -> torch.Tensor:
+    """Paper Eq. 7, (P,) bool: True = train on the prompt. Takes accuracy rewards alone, without the format part.
+
+    A prompt is skipped when its best reasoning rollout is worse than its worst direct one: thinking as it is now would
+    only be reinforced for being the least bad. Without direct rollouts (math, H = 0) nothing is skipped.
+    """
+    if direct_PH.shape[1] == 0:
+        return torch.ones(len(reasoning_PG), dtype=torch.bool, device=reasoning_PG.device)
+    return reasoning_PG.amax(1) >= direct_PH.amin(1)
+
+
+def grpo_loss(logp_BT, old_logp_BT, ref_logp_BT, advantages_B, mask_BT, *, clip_eps=0.2, kl_coef=0.001,
+              normalizer=None):
+    """Clipped surrogate + k3 KL: the sum over rows of each row's token mean, divided by `normalizer` (None = B).
+
+    mask_BT: True on response tokens. The trainer passes the row count of the whole optimizer step over all ranks, so
+    that micro-batches and ranks add up to the same gradient. A row with an empty mask contributes 0. ref_logp_BT may
+    be None when kl_coef is 0. -> (loss, stats); the stats are normalised like the loss and add up like it.
+    """
+    mask_BT = mask_BT.bool()
+    normalizer = len(logp_BT) if normalizer is None else normalizer
+    # Masked before anything is exponentiated: exp of garbage is inf, and inf · 0 is NaN in the backward pass.
+    log_ratio_BT = torch.where(mask_BT, logp_BT - old_logp_BT.detach(), 0.0)
+    advantages_B1 = advantages_B[:, None]
+
+    def row_mean_sum(values_BT):
+        return (torch.where(mask_BT, values_BT, 0.0).sum(1) / mask_BT.sum(1).clamp(min=1)).sum() / normalizer
+
+    # L_policy = −mean_i mean_t min(ρ A, clip(ρ, 1−ε, 1+ε) A), ρ = π_θ / π_old
+    ratio_BT = log_ratio_BT.exp()
+    clipped_BT = ratio_BT.clamp(1 - clip_eps, 1 + clip_eps)
+    policy_loss = row_mean_sum(-torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1))
+
+    # L_KL = mean_i mean_t (exp(−Δ) − 1 + Δ), Δ = log π_θ − log π_ref  (k3: unbiased, never negative)
+    kl = torch.zeros_like(policy_loss)
+    if kl_coef:
+        delta_BT = torch.where(mask_BT, logp_BT - ref_logp_BT.detach(), 0.0)
+        kl = row_mean_sum(torch.exp(-delta_BT) - 1 + delta_BT)
+
+    binding_BT = (ratio_BT - clipped_BT) * advantages_B1 > 0  # the clip holds back this token's gradient
+    stats = {"policy_loss": policy_loss.item(), "kl": kl.item(), "clip_share": row_mean_sum(binding_BT.float()).item()}
+    return policy_loss + kl_coef * kl, stats
+
+
+@dataclass
+class Row:
+    """One response to train on."""
+
+    ids: list[int]  # prompt and response
+    start: int  # index of the first response token
+    advantage: float
+    old_logp: torch.Tensor | None = None  # (R,) under the policy that sampled it; None: it is the current policy
+
+
+def micro_batches(rows: list, cfg: Config) -> list[list]:
+    """Rows of like length together, at most cfg.micro_tokens tokens with padding."""
+    return [[rows[i] for i in batch] for batch in m.token_batches([len(row.ids) for row in rows], cfg.micro_tokens)]
+
+
+def policy_backward(policy, reference, rows: list[Row], normalizer: int, cfg: Config, dtype) -> dict:
+    """Accumulate the gradient of L_policy + kl_coef · L_KL over these rows; returns the summed stats."""
+    totals = {"policy_loss": 0.0, "kl": 0.0, "clip_share": 0.0}
+    for batch in micro_batches(rows, cfg):
+        pairs = [(row.ids, row.start) for row in batch]
+        ref_logp_BR = None
+        if reference is not None:
+            with torch.no_grad():
+                ref_logp_BR, _ = m.row_logprobs(reference, pairs, dtype, cfg.temperature)
+        logp_BR, mask_BR = m.row_logprobs(policy, pairs, dtype, cfg.temperature)
+        old_logp_BR = logp_BR.detach()
+        if batch[0].old_logp is not None:
+            old_logp_BR = torch.zeros_like(old_logp_BR)
+            for b, row in enumerate(batch):
+                old_logp_BR[b, : len(row.old_logp)] = row.old_logp
+        advantages_B = torch.tensor([row.advantage for row in batch], dtype=logp_BR.dtype, device=logp_BR.device)
+        loss, stats = grpo_loss(logp_BR, old_logp_BR, ref_logp_BR, advantages_B, mask_BR,
+                                clip_eps=cfg.clip_eps, kl_coef=cfg.kl_coef, normalizer=normalizer)
+        loss.backward()
+        totals = {name: totals[name] + stats[name] for name in totals}
+    return totals
+
+
+def cloning_backward(policy, rows: list[Row], normalizer: int, cfg: Config, dtype) -> float:
+    """Accumulate the gradient of λ · mean_i mean_t −log π_θ(ỹ|x̃) (Eq. 8) over expert rows; returns the BC loss."""
+    total = 0.0
+    for batch in micro_batches(rows, cfg):
+        logp_BR, mask_BR = m.row_logprobs(policy, [(row.ids, row.start) for row in batch], dtype)
+        loss = -(logp_BR.sum(1) / mask_BR.sum(1)).sum() / normalizer
+        (cfg.bc_coef * loss).backward()
+        total += loss.item()
+    return total
+
+
+@torch.no_grad()
+def store_old_logprobs(policy, rows: list[Row], cfg: Config, dtype) -> None:
+    """Fill in old_logp: the sampling policy's log-probabilities, needed once the policy moves on."""
+    for batch in micro_batches(rows, cfg):
+        logp_BR, mask_BR = m.row_logprobs(policy, [(row.ids, row.start) for row in batch], dtype, cfg.temperature)
+        for row, logp_R, mask_R in zip(batch, logp_BR, mask_BR, strict=True):
+            row.old_logp = logp_R[mask_R]
+
+
+# ---------------------------------------------------------------- data
+
+
+def load_pools(cfg: Config, tokenizer) -> dict[str, list[dict]]:
+    """{"instruction", "math", "expert"}: record lists, prompts over the limit left out and counted."""
+    path = Path(cfg.data)
+    if not path.exists() and cfg.data == Config.data:
+        path = m.data_dir / "train.jsonl"
+        print(f"{cfg.data} is not there (run python evolve.py): using the sample {path.name} in data/", file=sys.stderr)
+    records = read_records(path)
+    fitting = []
+    for record in records:
+        prompt = m.render_prompt(tokenizer, record["messages"], "cot", cfg.family, record.get("language", "en"))
+        if len(prompt.ids) <= cfg.max_prompt_tokens:
+            fitting.append(record)
+    if len(fitting) < len(records):
+        print(f"{len(records) - len(fitting)} of {len(records)} prompts exceed {cfg.max_prompt_tokens} tokens: "
+              "left out", file=sys.stderr)
+    pools = {
+        "instruction": [record for record in fitting if record["task"] == "instruction"],
+        "math": [record for record in fitting if record["task"] == "math"],
+        "expert": [record for record in fitting if record.get("expert")],
+    }
+    if not pools["instruction"]:
+        raise InputError(f"{path}: no instruction record within {cfg.max_prompt_tokens} prompt tokens; run "
+                         "python evolve.py or raise --max-prompt-tokens")
+    if cfg.math_ratio > 0 and not pools["math"]:
+        raise InputError(f"{path}: --math-ratio {cfg.math_ratio} but no record has task 'math'; add math records "
+                         "(python evolve.py does) or give --math-ratio 0")
+    if cfg.bc_coef > 0 and not pools["expert"]:
+        raise InputError(f"{path}: --bc-coef {cfg.bc_coef} but no record has the field 'expert'; add expert answers "
+                         "(python evolve.py does) or give --bc-coef 0")
+    return pools
+
+
+def draw(pool: list[dict], name: str, start: int, count: int, seed: int) -> list[dict]:
+    """Items start … start + count of an endless stream that passes through the pool in a new order each time."""
+    orders = {turn: random.Random(f"{seed}/{name}/{turn}").sample(range(len(pool)), len(pool))
+              for turn in range(start // len(pool), (start + count - 1) // len(pool) + 1)}
+    return [pool[orders[i // len(pool)][i % len(pool)]] for i in range(start, start + count)]
+
+
+def prompts_of_step(pools, step: int, cfg: Config) -> list[dict]:
+    """The P records of a step, a function of (seed, step): resuming needs no cursor. Math comes at its ratio."""
+    math_share = cfg.math_ratio / (1 + cfg.math_ratio)
+    math_before, math_after = (math.floor(s * cfg.prompts * math_share + 1e-9) for s in (step, step + 1))
+    n_math = math_after - math_before
+    instructions = draw(pools["instruction"], "instruction", step * cfg.prompts - math_before,
+                        cfg.prompts - n_math, cfg.seed)
+    return instructions + draw(pools["math"], "math", math_before, n_math, cfg.seed)
+
+
+# ---------------------------------------------------------------- rollouts and rewards
+
+
+def rollout(engine, tokenizer, records: list[dict], step: int, cfg: Config) -> list[dict]:
+    """Reasoning and direct rollouts of these records, scored: one dict a rollout, those of a record side by side."""
+    wanted = []  # (record, mode, number of rollouts)
+    for record in records:
+        if record["task"] == "math":
+            wanted.append((record, "cot", cfg.group + cfg.direct))
+        else:
+            wanted += [(record, "cot", cfg.group), (record, "direct", cfg.direct)]
+    wanted = [item for item in wanted if item[2]]
+    prompts = [m.render_prompt(tokenizer, record["messages"], mode, cfg.family, record.get("language", "en"))
+               for record, mode, _ in wanted]
+    groups = engine.generate(
+        [prompt.ids for prompt in prompts], n=[count for _, _, count in wanted], max_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature, stop=(),
+        seeds=[m.record_seed(cfg.seed, step, f"{record['id']}/{mode}") for record, mode, _ in wanted],
+    )
+    samples = [
+        {"id": record["id"], "task": record["task"], "mode": mode, "prompt_ids": prompt.ids,
+         "token_ids": completion.token_ids, "text": prompt.prefill + completion.text,
+         "finish_reason": completion.finish_reason, "record": record}
+        for (record, mode, _), prompt, group in zip(wanted, prompts, groups, strict=True)
+        for completion in group
+    ]
+    for direct in (False, True):
+        part = [sample for sample in samples if (sample["mode"] == "direct") == direct]
+        scores = score([s["record"] for s in part], [s["text"] for s in part], family=cfg.family, direct=direct)
+        for sample, result in zip(part, scores, strict=True):
+            sample.update(format=result.format, accuracy=result.accuracy, reward=result.total, verdicts=result.verdicts)
+    return samples
+
+
+def assign_advantages(samples: list[dict], cfg: Config) -> None:
+    """Add `advantage` and `kept` to the samples, group by group (math groups have another size than instructions)."""
+    groups: dict[str, list[dict]] = {}
+    for sample in samples:
+        groups.setdefault(sample["id"], []).append(sample)
+    for group in groups.values():
+        reasoning = [s for s in group if s["mode"] == "cot"]
+        direct = [s for s in group if s["mode"] == "direct"]
+        rewards_PG = torch.tensor([[s["reward"] for s in reasoning]], dtype=torch.float64)
+        accuracy_PG = torch.tensor([[s["accuracy"] for s in reasoning]], dtype=torch.float64)
+        direct_PH = torch.tensor([[s["accuracy"] for s in direct]], dtype=torch.float64)
+        # The mean and std are those of the reasoning rollouts alone (the released code mixes the direct ones in).
+        advantages_PG = group_advantages(rewards_PG)
+        keep_P = superior_cot_mask(accuracy_PG, direct_PH) if cfg.superior_cot else torch.ones(1, dtype=torch.bool)
+        for sample, advantage in zip(reasoning, advantages_PG[0].tolist(), strict=True):
+            sample.update(advantage=advantage, kept=bool(keep_P[0]))
+        for sample in direct:  # they judge the reasoning; they are not trained on
+            sample.update(advantage=None, kept=False)
+
+
+def rollout_metrics(samples: list[dict]) -> dict:
+    """Reward parts, rates and lengths of a step, over all ranks' samples."""
+
+    def mean(values):
+        values = list(values)
+        return round(sum(values) / len(values), 4) if values else None
+
+    reasoning = [s for s in samples if s["mode"] == "cot"]
+    instructions = [s for s in reasoning if s["task"] == "instruction"]
+    direct = [s for s in samples if s["mode"] == "direct"]
+    groups: dict[str, list[dict]] = {}
+    for s in reasoning:
+        groups.setdefault(s["id"], []).append(s)
+    return {
+        "reward": mean(s["reward"] for s in reasoning),
+        "reward_format": mean(s["format"] for s in reasoning),
+        "reward_accuracy": mean(s["accuracy"] for s in reasoning),
+        "all_met": mean(s["accuracy"] == 2 for s in instructions),
+        "direct_all_met": mean(s["accuracy"] == 2 for s in direct),
+        "math_correct": mean(s["accuracy"] == 2 for s in reasoning if s["task"] == "math"),
+        "format_rate": mean(s["format"] > 0 for s in reasoning),
+        "truncated": mean(s["finish_reason"] == "length" for s in reasoning),
+        "skip_rate": mean(not g[0]["kept"] for g in groups.values() if g[0]["task"] == "instruction"),
+        "flat_groups": mean(len({s["reward"] for s in g}) == 1 for g in groups.values()),
+        "response_tokens": mean(len(s["token_ids"]) for s in reasoning),
+        "direct_rollouts": len(direct),
+    }
+
+
+# ---------------------------------------------------------------- the run
+
+
+def main():
+    cfg = m.parse_flags(Config, presets=PRESETS)
+    if cfg.superior_cot and cfg.direct == 0:
+        raise InputError("--direct 0: the superior-CoT rule compares with direct rollouts and could never fire; "
+                         "give --direct 2, or switch the rule off with --no-superior-cot")
+    rank, world = m.init_distributed()
+    stop = m.stop_signals()
+    policy, tokenizer = m.load_model(cfg.model)
+    pools = load_pools(cfg, tokenizer)
+    dtype = m.compute_dtype(cfg.precision)
+    run = m.open_run(cfg.out, cfg, resume=cfg.resume)
+    reference = m.load_model(cfg.model)[0].requires_grad_(False) if cfg.kl_coef else None
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    step, direct_seen, skipped = 0, 0, 0
+    if cfg.resume:
+        state = m.load_checkpoint(run)
+        policy.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, direct_seen, skipped = state["step"], state["direct_seen"], state["skipped"]
+        m.rewind_metrics(run, step)
+    engine = m.make_engine(cfg.engine, policy, tokenizer, dtype=dtype)
+    began, first_step = time.time(), step
+    bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank != 0)
+    while step < cfg.steps:
+        # Rollouts: G with reasoning and H direct ones a prompt, this rank's share of the prompts, scored.
+        clock = [time.time()]
+        engine.wake()
+        engine.sync(policy)
+        samples = rollout(engine, tokenizer, prompts_of_step(pools, step, cfg)[rank::world], step, cfg)
+        engine.sleep()
+        assign_advantages(samples, cfg)
+        clock.append(time.time())
+
+        # The kept responses of all ranks are shuffled and cut into `updates` parts, the same on every rank.
+        rows = {(s["id"], i): Row(s["prompt_ids"] + s["token_ids"], len(s["prompt_ids"]), s["advantage"])
+                for i, s in enumerate(samples) if s["kept"]}
+        keys = sorted(m.gather_objects(list(rows)))
+        random.Random(f"{cfg.seed}/shuffle/{step}").shuffle(keys)
+        parts = [keys[u * len(keys) // cfg.updates : (u + 1) * len(keys) // cfg.updates] for u in range(cfg.updates)]
+        if cfg.updates > 1:  # the first part is on-policy; the others need the sampling policy's log-probabilities
+            store_old_logprobs(policy, [rows[key] for part in parts[1:] for key in part if key in rows], cfg, dtype)
+
+        policy.train()
+        totals = {"policy_loss": 0.0, "kl": 0.0, "clip_share": 0.0, "bc_loss": 0.0, "grad_norm": 0.0}
+        trained_tokens = 0
+        for update, part in enumerate(parts):
+            number = step * cfg.updates + update
+            factor = m.warmup_cosine(number, cfg.lr_horizon or 2 * cfg.steps * cfg.updates, cfg.warmup, 0.1)
+            for group in optimizer.param_groups:
+                group["lr"] = cfg.lr * factor
+            own = [rows[key] for key in part if key in rows]
+            stats = policy_backward(policy, reference, own, len(part), cfg, dtype)  # skipped prompts are in no part
+            stats["bc_loss"] = 0.0
+            if cfg.bc_coef:
+                experts = draw(pools["expert"], "expert", number * cfg.bc_batch, cfg.bc_batch, cfg.seed)[rank::world]
+                cloned = [Row(*m.encode_expert(tokenizer, record, cfg.family), 0.0) for record in experts]
+                stats["bc_loss"] = cloning_backward(policy, cloned, cfg.bc_batch, cfg, dtype)
+                own = own + cloned
+            m.sum_gradients(policy.parameters())
+            stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item() / world
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            trained_tokens += sum(len(row.ids) for row in own)
+            totals = {name: totals[name] + stats[name] / cfg.updates for name in totals}
+        policy.eval()
+        clock.append(time.time())
+
+        # One line of metrics a step, and every rollout with its text, verdicts, rewards, advantage and fate.
+        step += 1
+        totals = {name: round(m.sum_over_ranks(value), 6) for name, value in totals.items()}
+        all_samples = m.gather_objects(samples)
+        metrics = {"step": step, **rollout_metrics(all_samples), **totals, "lr": optimizer.param_groups[0]["lr"]}
+        direct_seen += metrics["direct_rollouts"]
+        skipped += round((metrics["skip_rate"] or 0.0) * len({s["id"] for s in all_samples if s["mode"] == "direct"}))
+        if rank == 0:
+            sampled = sum(len(s["token_ids"]) for s in samples)
+            rollout_s, update_s = clock[1] - clock[0], clock[2] - clock[1]
+            metrics.update(rollout_s=round(rollout_s, 2), update_s=round(update_s, 2),
+                           rollout_tps=round(sampled / rollout_s, 1), update_tps=round(trained_tokens / update_s, 1))
+            m.append_jsonl(run / "metrics.jsonl", metrics)
+            m.write_jsonl(run / "samples" / f"step-{step:06d}.jsonl",
+                          [{k: v for k, v in s.items() if k not in ("record", "prompt_ids")} for s in all_samples])
+            eta = (time.time() - began) / (step - first_step) * (cfg.steps - step)
+            bar.write(
+                f"step {step}/{cfg.steps} reward {metrics['reward']:+.2f} (format {metrics['reward_format']:+.2f}, "
+                f"accuracy {metrics['reward_accuracy']:+.2f}) all met {metrics['all_met']:.2f}, direct "
+                f"{metrics['direct_all_met'] or 0:.2f} | format {metrics['format_rate']:.2f} skip "
+                f"{metrics['skip_rate'] or 0:.2f} flat {metrics['flat_groups']:.2f} length "
+                f"{metrics['response_tokens']:.0f} | kl {totals['kl']:.4f} clip {totals['clip_share']:.3f} bc "
+                f"{totals['bc_loss']:.3f} | rollout {rollout_s:.0f} s {metrics['rollout_tps']:.0f} tok/s, update "
+                f"{update_s:.0f} s {metrics['update_tps']:.0f} tok/s | ETA {eta / 60:.0f} min")
+        bar.update()
+        if rank == 0 and (step % cfg.save_every == 0 or step == cfg.steps or stop.is_set()):
+            m.save_checkpoint(run, {"model": policy.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                                    "direct_seen": direct_seen, "skipped": skipped})
+        if stop.is_set() and step < cfg.steps:
+            raise KeyboardInterrupt
+    bar.close()
+    if rank == 0:
+        m.write_model(policy, tokenizer, run / "model")
+        print(f"superior-CoT rule: {direct_seen} direct rollouts seen, {skipped} prompts skipped; model in "
+              f"{run / 'model'}", file=sys.stderr)
+        if cfg.superior_cot and direct_seen == 0:
+            raise InputError("the superior-CoT rule never saw a direct rollout: this was not a RAIF run; check that "
+                             "--data holds instruction records, or give --no-superior-cot")
+
+
+if __name__ == "__main__":
+    m.launch(main)

@@ -1,0 +1,164 @@
+"""Stage 2: clone expert answers. Cold start for a small model, and the SFT baseline row of the paper's tables.
+
+    python sft.py                                              # SmolLM2-135M on runs/evolve/train.jsonl, about 5 minutes
+    torchrun --standalone --nproc-per-node 8 sft.py --preset paper --model Qwen/Qwen2.5-1.5B-Instruct --data FILE
+    python sft.py --resume                                     # go on after a kill: bit for bit the same weights on CPU
+
+Cross-entropy on the expert's tokens and the end-of-turn token, never on the prompt (the released code trains on the
+prompt as well). The epoch with the lowest validation loss is kept in RUN/model.
+"""
+
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import model as m
+from rewards import InputError, read_records
+
+
+@dataclass
+class Config:
+    model: str = m.DEFAULT_MODEL  # hub name, local folder, or smollm2-135m
+    data: str = "runs/evolve/train.jsonl"  # records with an `expert` answer; data/train.jsonl if evolve.py never ran
+    out: str = "runs/sft"  # run folder
+    family: Literal["cold", "warm"] = "cold"  # answer format: think and answer tags, or think tags alone (R1 style)
+    max_examples: int = 0  # train on the first N examples only; 0 = all
+    epochs: int = 3  # passes over the training split
+    batch_size: int = 8  # sequences an update, over all processes
+    lr: float = 1e-4  # peak learning rate
+    warmup: float = 0.05  # share of all updates with linear warm-up; then cosine
+    lr_floor: float = 0.0  # learning rate at the end, as a share of the peak
+    val_share: float = 0.1  # share of the examples held out to choose the epoch
+    max_length: int = 1024  # longer sequences are left out, and counted
+    micro_tokens: int = 2048  # tokens a micro-batch, padding included
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic; master weights are float32
+    save_every: int = 25  # updates between checkpoints
+    seed: int = 0  # of the split and the order
+    resume: bool = False  # continue from RUN/checkpoint
+
+
+PRESETS = {
+    # Full fine-tuning on the 13K experts: 10 epochs, 1e-5 cosine, 16 a device (8 devices), cutoff 16,384 tokens.
+    "paper": dict(epochs=10, lr=1e-5, warmup=0.01, batch_size=128, max_length=16384, micro_tokens=16384),
+}
+
+
+def load_examples(cfg: Config, tokenizer):
+    """(train, validation) lists of (token ids, response start); the split depends on the seed and record ids alone."""
+    path = Path(cfg.data)
+    if not path.exists() and cfg.data == Config.data:
+        path = m.data_dir / "train.jsonl"
+        print(f"{cfg.data} is not there (run python evolve.py): using the sample {path.name} in data/", file=sys.stderr)
+    records = [record for record in read_records(path) if record.get("expert")]
+    if not records:
+        raise InputError(f"{path}: no record has the field 'expert'; nothing to clone: run python evolve.py, or give "
+                         "--data a file with expert answers")
+    records = records[: cfg.max_examples or None]
+    examples = [m.encode_expert(tokenizer, record, cfg.family) for record in records]
+    kept = [example for example in examples if len(example[0]) <= cfg.max_length]
+    if len(kept) < len(examples):
+        print(f"{len(examples) - len(kept)} of {len(examples)} examples exceed {cfg.max_length} tokens: left out",
+              file=sys.stderr)
+    random.Random(cfg.seed).shuffle(kept)
+    n_val = min(max(1, round(cfg.val_share * len(kept))), len(kept) - 1)
+    if n_val < 1:
+        raise InputError(f"{path}: {len(kept)} usable example(s); at least 2 are needed to train and validate")
+    return kept[n_val:], kept[:n_val]
+
+
+def loss_sum(policy, rows, cfg: Config, dtype) -> torch.Tensor:
+    """Summed negative log-likelihood of the response tokens of the rows."""
+    logp_BR, _ = m.row_logprobs(policy, rows, dtype)  # 0 beyond each row's end
+    return -logp_BR.sum()
+
+
+@torch.no_grad()
+def validate(policy, rows, cfg: Config, dtype, rank: int, world: int) -> float:
+    """Mean loss a token over the validation split; ranks share the work."""
+    own = rows[rank::world]
+    total = 0.0
+    for batch in m.token_batches([len(ids) for ids, _ in own], cfg.micro_tokens):
+        total += loss_sum(policy, [own[i] for i in batch], cfg, dtype).item()
+    return m.sum_over_ranks(total) / sum(len(ids) - start for ids, start in rows)
+
+
+def main():
+    cfg = m.parse_flags(Config, presets=PRESETS)
+    rank, world = m.init_distributed()
+    stop = m.stop_signals()
+    policy, tokenizer = m.load_model(cfg.model)
+    train, val = load_examples(cfg, tokenizer)
+    dtype = m.compute_dtype(cfg.precision)
+    run = m.open_run(cfg.out, cfg, resume=cfg.resume)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    updates_per_epoch = -(-len(train) // cfg.batch_size)
+    total_updates = cfg.epochs * updates_per_epoch
+    step, best = 0, float("inf")
+    if cfg.resume:
+        state = m.load_checkpoint(run)
+        policy.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, best = state["step"], state["best"]
+        m.rewind_metrics(run, step)
+
+    def checkpoint():
+        if rank == 0:
+            m.save_checkpoint(run, {"model": policy.state_dict(), "optimizer": optimizer.state_dict(),
+                                    "step": step, "best": best})
+
+    policy.train()
+    began = time.time()
+    bar = tqdm(total=total_updates, initial=step, unit="update", disable=rank != 0)
+    while step < total_updates:
+        epoch, position = divmod(step, updates_per_epoch)
+        order = random.Random(f"{cfg.seed}/{epoch}").sample(range(len(train)), len(train))
+        batch = [train[i] for i in order[position * cfg.batch_size : (position + 1) * cfg.batch_size]]
+        tokens = sum(len(ids) - start for ids, start in batch)  # over all ranks: the normalizer of this update
+
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * m.warmup_cosine(step, total_updates, cfg.warmup, cfg.lr_floor)
+        own = batch[rank::world]
+        loss = 0.0
+        for rows in m.token_batches([len(ids) for ids, _ in own], cfg.micro_tokens):
+            micro_loss = loss_sum(policy, [own[i] for i in rows], cfg, dtype) / tokens
+            micro_loss.backward()
+            loss += micro_loss.item()
+        m.sum_gradients(policy.parameters())
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        row = {"step": step, "epoch": epoch + 1, "loss": m.sum_over_ranks(loss), "grad_norm": grad_norm,
+               "lr": optimizer.param_groups[0]["lr"], "tokens": tokens, "seconds": round(time.time() - began, 2)}
+        if position + 1 == updates_per_epoch:
+            row["val_loss"] = validate(policy, val, cfg, dtype, rank, world)
+            row["kept"] = row["val_loss"] < best
+            if row["kept"] and rank == 0:
+                m.write_model(policy, tokenizer, run / "model")
+            best = min(best, row["val_loss"])
+            if rank == 0:
+                bar.write(f"epoch {epoch + 1}: train loss {row['loss']:.3f}, validation loss {row['val_loss']:.4f}"
+                          + (" (best so far: kept)" if row["kept"] else ""))
+        if rank == 0:
+            m.append_jsonl(run / "metrics.jsonl", row)
+        bar.set_postfix_str(f"loss {row['loss']:.3f}")
+        bar.update()
+        if step % cfg.save_every == 0 or position + 1 == updates_per_epoch or stop.is_set():
+            checkpoint()
+        if stop.is_set():
+            raise KeyboardInterrupt
+    bar.close()
+    if rank == 0:
+        print(f"best validation loss {best:.4f}; model in {run / 'model'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    m.launch(main)
