@@ -223,6 +223,8 @@ def load_pools(cfg: Config, tokenizer) -> dict[str, list[dict]]:
 
 def draw(pool: list[dict], name: str, start: int, count: int, seed: int) -> list[dict]:
     """Items start … start + count of an endless stream that passes through the pool in a new order each time."""
+    if count == 0:
+        return []
     orders = {turn: random.Random(f"{seed}/{name}/{turn}").sample(range(len(pool)), len(pool))
               for turn in range(start // len(pool), (start + count - 1) // len(pool) + 1)}
     return [pool[orders[i // len(pool)][i % len(pool)]] for i in range(start, start + count)]

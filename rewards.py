@@ -1,0 +1,1286 @@
+"""Rewards: constraint checkers, answer parsing, the math check, judges and the rule-centric reward of RAIF.
+
+    from rewards import check, score
+    check("length_constraints:number_words", {"num_words": 40, "relation": "at least"}, answer)    # -> bool
+    score(records, completions, judge=None)                                                       # -> list[Score]
+
+`mode="compat"` is IFEval exactly as its authors score it (their quirks included), for the benchmark.
+`mode="unicode"` asks for the same things but counts by script (a Chinese character is a word, 。！？ end sentences), is not
+fooled by Markdown, and answers "no" to what it cannot judge. It is the default and what training uses.
+
+Reward (paper section 3.3):  R = R_format (+1 / -1) + R_accuracy (+2 all constraints, k/C some, -2 none or invalid).
+Nothing in a text or a record is ever executed or unpickled, and every checker takes time linear in the text.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+import threading
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+DATA = Path(__file__).resolve().parent / "data"
+MAX_CHARS = 200_000  # ten times the longest rollout; a longer answer satisfies no constraint, so that no check can hang
+
+
+class InputError(ValueError):
+    """Bad input from the user: one line that names file, line, field and remedy."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Records (JSON Lines)
+
+
+def read_records(path) -> list[dict]:
+    """Read and validate a record file, one JSON object a line. Unknown fields are kept; `depends_on` and `active` are filled in.
+
+    Raises InputError `FILE:LINE: field 'X': what is wrong; remedy` at the first bad line; nothing is skipped silently.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of a JSON Lines file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    if lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
+        raise InputError(f"{path}: is empty; it needs one JSON object a line")
+    records, seen = [], {}
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}:{number}: is not JSON ({error}); write one object a line") from None
+        try:
+            validate_record(record)
+            if record["id"] in seen:
+                raise InputError(f"field 'id': {record['id']!r} is already used in line {seen[record['id']]}; make it unique")
+        except InputError as error:
+            raise InputError(f"{path}:{number}: {error}") from None
+        seen[record["id"]] = number
+        records.append(record)
+    return records
+
+
+def validate_record(record) -> None:
+    """Raise InputError `field 'X': what is wrong; remedy` for a record that design.md section 4 does not allow."""
+
+    def need(ok, name, wrong, remedy):
+        if not ok:
+            raise InputError(f"field {name!r}: {wrong}; {remedy}")
+
+    def filled(value):
+        return isinstance(value, str) and value.strip() != ""
+
+    need(isinstance(record, dict), "", "the line is not a JSON object", "write {...}")
+    need(filled(record.get("id")), "id", "missing or not a text", "give every record a unique id")
+    need(record.get("task") in ("instruction", "math"), "task", f"{record.get('task')!r} is not a task",
+         'use "instruction" or "math"')
+    need(record.get("language", "en") in ("en", "zh"), "language", f"{record.get('language')!r} is unknown", 'use "en" or "zh"')
+    messages = record.get("messages")
+    need(isinstance(messages, list) and messages, "messages", "missing or empty", 'write [{"role": "user", "content": "..."}]')
+    for i, message in enumerate(messages):
+        ok = isinstance(message, dict) and message.get("role") in ("system", "user", "assistant")
+        need(ok and filled(message.get("content")), f"messages[{i}]", "has no role or no content",
+             'write {"role": "user", "content": "..."}')
+    need(record.get("composition", "and") in ("and", "chain", "selection", "nested"), "composition",
+         f"{record.get('composition')!r} is unknown", "use and, chain, selection or nested")
+    need(record.get("expert") is None or filled(record["expert"]), "expert", "is not a text", "remove it or give the answer")
+    if record["task"] == "math":
+        need(filled(record.get("answer")), "answer", "missing or not a text", 'give the result as a text, e.g. "42"')
+        return
+    constraints = record.get("constraints")
+    need(isinstance(constraints, list) and constraints, "constraints", "missing or empty", "give at least one constraint")
+    for i, c in enumerate(constraints):
+        name = f"constraints[{i}]"
+        need(isinstance(c, dict), name, "is not an object", 'write {"kind": "code", ...}')
+        need(c.get("kind") in ("code", "judge"), f"{name}.kind", f"{c.get('kind')!r} is unknown", 'use "code" or "judge"')
+        if c["kind"] == "judge":
+            need(filled(c.get("question")), f"{name}.question", "missing or blank", "ask one yes/no question")
+        else:
+            try:
+                _arguments(c.get("id"), c.get("kwargs"))
+            except ValueError as error:
+                field = "id" if c.get("id") not in CHECKS else "kwargs"
+                raise InputError(f"field '{name}.{field}': {error}; see data/constraints.jsonl for the kinds") from None
+        depends = c.setdefault("depends_on", [])
+        need(isinstance(depends, list) and all(type(j) is int and 0 <= j < i for j in depends), f"{name}.depends_on",
+             f"{depends!r} is not a list of earlier positions", f"use numbers from 0 to {i - 1}" if i else "use []")
+        need(type(c.setdefault("active", True)) is bool, f"{name}.active", "is not true or false", "use true or false")
+    need(any(c["active"] for c in constraints), "constraints", "none is active", "leave at least one active")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Parsing an assistant turn
+
+
+@dataclass(frozen=True)
+class Parsed:
+    think: str
+    answer: str
+    format_ok: bool
+
+
+TAGS = {"cold": ("<think>", "</think>", "<answer>", "</answer>"), "warm": ("<think>", "</think>")}
+
+
+def parse_response(text: str, family: str = "cold") -> Parsed:
+    """Split a whole assistant turn (pre-filled `<think>` included) into thought and answer.
+
+    format_ok: every tag of the family occurs exactly once, in order. "cold" has think and answer tags, "warm" (R1 style) only
+    the think tags. Of a broken turn the most sensible parts are still returned, tags removed, so that it can be read and shown.
+    """
+    if family not in TAGS:
+        raise ValueError(f"unknown family {family!r}; use 'cold' or 'warm'")
+    tags = TAGS[family]
+    where = [text.find(tag) for tag in tags]
+    format_ok = all(text.count(tag) == 1 for tag in tags) and where == sorted(where)
+    head, closed, rest = text.partition("</think>")
+    think = head.partition("<think>")[2] if "<think>" in head else (head if closed else "")
+    if not closed:  # no thought at all, or one that never ended
+        head, opened, think = text.partition("<think>")
+        rest = head if opened else text
+    answer = rest
+    if family == "cold":
+        if "<answer>" in rest:
+            answer = rest.partition("<answer>")[2]
+        answer = answer.partition("</answer>")[0] if "</answer>" in answer else answer
+    if any(tag in text for tag in tags):  # a turn without any tag is the answer itself, left exactly as it is
+        for tag in tags:
+            think, answer = think.replace(tag, ""), answer.replace(tag, "")
+        think, answer = think.strip(), answer.strip()
+    return Parsed(think, answer, format_ok)
+
+
+PLACEHOLDER_THOUGHTS = frozenset(
+    "your thoughts here|your thought here|your reasoning here|your thinking here|my thoughts here|thoughts here|reasoning here|"
+    "thinking here|think here|reasoning process here|thinking process here|your thought process here|your reasoning process here|"
+    "insert thoughts here|insert reasoning here|reasoning|thoughts|thought|thinking|reasoning process|thought process|"
+    "thinking process|placeholder|none|n a|todo|tbd|think step by step|let me think|let me think step by step|"
+    "你的思考|你的思考过程|思考过程|思考内容|推理过程|你的推理过程|此处填写思考过程|在此填写思考过程|在这里写下你的思考|这里是思考过程|思考|推理|无|略".split("|")
+)
+
+
+def is_placeholder(thought: str) -> bool:
+    """True for a thought without content: blank, only punctuation ("..."), or a copied slot such as "your thoughts here"."""
+    return (words := " ".join(re.findall(r"[^\W_]+", thought.lower()))) == "" or words in PLACEHOLDER_THOUGHTS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. One text, split once
+
+HAN = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+KANA = "\u3041-\u3096\u30a1-\u30fa\u30fc-\u30fe\uff66-\uff9f"
+CJK = re.compile(f"[{HAN}{KANA}]")
+# vowel signs and other marks belong to their word (Hindi, Thai, accents written apart), which \w alone would cut
+MARKS = "".join(chr(c) for c in range(0x300, 0x2000) if unicodedata.category(chr(c))[0] == "M") + "\u200c\u200d"
+WORD = re.compile(f"[^\\W_][\\w{MARKS}]*")
+CJK_STOP = re.compile(f"((?:[。！？｡؟۔।॥]|(?<=[{HAN}{KANA}])[.!?])+[!?.。！？…]*[”’」』》）)\"'\\]]*)")
+RULE_LINE = re.compile(r"[ \t]*(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$")
+BULLET = re.compile(r"[ \t]*(?:[*+-][ \t]+|[•●▪◦·][ \t]*)(?=\S)")
+NUMBERED = re.compile(r"[ \t]*(\d{1,4})(?:[.)][ \t]+|[、．）])(?=\S)")
+HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(?=\S)")
+FENCE = re.compile(r"[ \t]*(```|~~~)")
+
+
+@lru_cache(maxsize=1)
+def _punkt():
+    from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
+
+    def rows(name):
+        return (DATA / "punkt" / "english" / name).read_text(encoding="utf-8").splitlines()
+
+    params = PunktParameters()
+    params.abbrev_types, params.sent_starters = set(rows("abbrev_types.txt")), set(rows("sent_starters.txt"))
+    params.collocations = {tuple(row.split("\t")) for row in rows("collocations.tab")}
+    params.ortho_context = defaultdict(int, ((w, int(n)) for w, n in (r.split("\t") for r in rows("ortho_context.tab"))))
+    tokenizer = PunktSentenceTokenizer()
+    tokenizer._params = params
+    return tokenizer
+
+
+@lru_cache(maxsize=1)
+def _detector_factory():
+    from langdetect.detector_factory import PROFILES_DIRECTORY, DetectorFactory
+
+    factory = DetectorFactory()
+    factory.load_profile(PROFILES_DIRECTORY)
+    factory.seed = 0  # every detector seeds its own generator from this: same text, same answer, in any thread
+    return factory
+
+
+@lru_cache(maxsize=1024)
+def detect_language(text: str) -> str | None:
+    """langdetect's code for the text ("en", "zh-cn", ...), seeded; None where it finds nothing to judge (no letters)."""
+    from langdetect.lang_detect_exception import LangDetectException
+
+    detector = _detector_factory().create()
+    detector.append(text)
+    try:
+        return detector.detect()
+    except LangDetectException:
+        return None
+
+
+class Text:
+    """An answer and its splits, each made at most once and shared by all constraints of the answer (see `text_of`)."""
+
+    def __init__(self, s: str):
+        self.s = s
+
+    # the official splits
+
+    @cached_property
+    def lower(self) -> str:
+        return self.s.lower()
+
+    @cached_property
+    def word_runs(self) -> int:
+        return len(re.findall(r"\w+", self.s))
+
+    @cached_property
+    def punkt_sentences(self) -> list[str]:
+        return _punkt().tokenize(self.s)
+
+    @cached_property
+    def nltk_tokens(self) -> list[str]:
+        from nltk.tokenize import NLTKWordTokenizer
+
+        return [token for sentence in self.punkt_sentences for token in NLTKWordTokenizer().tokenize(sentence)]
+
+    @cached_property
+    def language(self) -> str | None:
+        return detect_language(self.s)
+
+    # the splits by script
+
+    @cached_property
+    def words(self) -> list[str]:
+        """Each Chinese or Japanese character is a word; elsewhere runs of letters, digits and their marks are."""
+        return WORD.findall(CJK.sub(r" \g<0> ", self.s))
+
+    @cached_property
+    def lines(self) -> list[str]:
+        return [line for line in self.s.splitlines() if line.strip()]
+
+    @cached_property
+    def prose_lines(self) -> list[str]:
+        """All lines outside code fences, blank ones included."""
+        kept, fence = [], None
+        for line in self.s.splitlines():
+            mark = FENCE.match(line)
+            if mark and fence in (None, mark[1]):
+                fence = mark[1] if fence is None else None
+            elif fence is None:
+                kept.append(line)
+        return kept
+
+    @cached_property
+    def bullets(self) -> list[str]:
+        return [line[m.end():] for line in self.prose_lines if (m := BULLET.match(line)) and not RULE_LINE.match(line)]
+
+    @cached_property
+    def paragraphs(self) -> list[str]:
+        """Parts between blank lines."""
+        return [part.strip() for part in re.split(r"\n[^\S\n]*\n", self.s) if part.strip()]
+
+    @cached_property
+    def sentences(self) -> list[str]:
+        """Sentences by script. A list item, a heading and a blank line end a sentence; markers are not part of it."""
+        blocks, block = [], []
+        for line in [*self.prose_lines, ""]:
+            mark = BULLET.match(line) or NUMBERED.match(line) or HEADING.match(line)
+            if mark or not line.strip() or RULE_LINE.match(line):
+                blocks.append("\n".join(block))
+                block = [line[mark.end():]] if mark else []
+                if mark and HEADING.match(line):
+                    blocks.append(block.pop())
+            else:
+                block.append(line)
+        pieces = []
+        for block in blocks:
+            parts = CJK_STOP.split(block)  # text, stop, text, stop, ..., text
+            pieces += [text + stop for text, stop in zip(parts[::2], [*parts[1::2], ""], strict=True)]
+        sentences = [s.strip() for piece in pieces for s in (_punkt().tokenize(piece) if piece.strip() else [])]
+        return [s for s in sentences if WORD.search(s)]
+
+    @cached_property
+    def letters(self) -> str:
+        return "".join(c for c in self.s if c.isalpha())
+
+    @cached_property
+    def script(self) -> str:
+        """The language for training purposes: "zh" where Chinese characters outweigh other words, else langdetect's code."""
+        han, kana = len(re.findall(f"[{HAN}]", self.s)), len(re.findall(f"[{KANA}]", self.s))
+        if han + kana and han + kana >= len(self.words) - han - kana:
+            return "ja" if kana * 10 > han else "zh"
+        return (detect_language(self.lower) or "") if self.letters else ""
+
+
+@lru_cache(maxsize=256)
+def text_of(s: str) -> Text:
+    return Text(s)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Checkers
+
+
+def _relation(count: int, relation: str, n: int) -> bool:
+    return {"less than": count < n, "at least": count >= n, "at most": count <= n, "exactly": count == n}[relation]
+
+
+def _is_json(s: str, tags=("```json", "```Json", "```JSON", "```"), strict: bool = False) -> bool:
+    s = s.strip()
+    for tag in tags:
+        s = s.removeprefix(tag)
+    return _loads(s.removesuffix("```").strip(), strict) is not None
+
+
+def _loads(s: str, strict: bool):
+    """The parsed JSON wrapped in a tuple, or None. strict: an object or a list, and no NaN or Infinity."""
+
+    def refuse(name):
+        raise ValueError(name)
+
+    try:
+        value = json.loads(s, parse_constant=refuse if strict else None)
+    except (ValueError, RecursionError):  # RecursionError: nested thousands deep
+        return None
+    return (value,) if not strict or isinstance(value, dict | list) else None
+
+
+def _spans(s: str, opening: str, closing: str) -> list[str]:
+    """What stands between `opening` and the next `closing` on the same line (a linear form of the lazy regular expression)."""
+    found = []
+    for line in s.split("\n"):
+        start = line.find(opening)
+        while start >= 0 and (end := line.find(closing, start + len(opening))) >= 0:
+            found.append(line[start + len(opening): end])
+            start = line.find(opening, end + len(closing))
+    return found
+
+
+def _has_title(s: str) -> bool:
+    for line in s.split("\n"):
+        start, end = line.find("<<"), line.rfind(">>")
+        if start >= 0 and end >= start + 3 and line[start:end + 2].lstrip("<").rstrip(">").strip():
+            return True
+    return False
+
+
+def _divided(s: str, pattern: str) -> list[str] | None:
+    """Parts between dividers, blank first and last ones dropped; None if a blank part stands in the middle."""
+    parts = re.split(pattern, s)
+    parts = parts[(not parts[0].strip()):]
+    if parts and not parts[-1].strip():
+        parts.pop()
+    return parts if all(part.strip() for part in parts) else None
+
+
+def _two_responses(s: str) -> bool:
+    parts = _divided(s, r"\*\*\*\*\*\*")
+    return parts is not None and len(parts) == 2 and parts[0].strip() != parts[1].strip()
+
+
+def _find(pattern: str, s: str) -> int:
+    """Number of case-insensitive matches; a keyword that is no valid regular expression is taken literally."""
+    try:
+        return len(re.findall(pattern, s, re.IGNORECASE))
+    except re.error:
+        return len(re.findall(re.escape(pattern), s, re.IGNORECASE))
+
+
+def _highlights(s: str) -> int:
+    single = sum(bool(m.strip("*").strip()) for m in re.findall(r"\*[^\n\*]*\*", s))
+    return single + sum(bool(m.removeprefix("**").removesuffix("**").strip()) for m in re.findall(r"\*\*[^\n\*]*\*\*", s))
+
+
+def _nth_first_word(s: str, k: dict) -> bool:
+    paragraphs = re.split(r"\n\n", s)
+    count = sum(bool(p.strip()) for p in paragraphs)
+    if k["nth_paragraph"] > count or not (paragraph := paragraphs[k["nth_paragraph"] - 1].strip()):
+        return False
+    word = re.split(r"[.,?!'\"]", paragraph.split()[0].lstrip("'").lstrip('"'), maxsplit=1)[0]
+    return count == k["num_paragraphs"] and word.lower() == k["first_word"].lower()
+
+
+def _postscript(s: str, marker: str) -> bool:
+    pattern = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}.get(marker)
+    return _find(pattern or marker.lower(), s) > 0
+
+
+# IFEval as its authors score it: id -> verdict of (text, kwargs). `tests/test_rewards.py` compares every entry with the official code.
+COMPAT: dict[str, Callable[[Text, dict], bool]] = {
+    "keywords:existence": lambda t, k: all(_find(w, t.s) for w in k["keywords"]),
+    "keywords:frequency": lambda t, k: _relation(_find(k["keyword"].strip(), t.s), k["relation"], k["frequency"]),
+    "keywords:forbidden_words": lambda t, k: not any(_find(rf"\b{w}\b", t.s) for w in k["forbidden_words"]),
+    "keywords:letter_frequency": lambda t, k: _relation(
+        t.lower.count(k["letter"].lower()), k["let_relation"], k["let_frequency"]),
+    "language:response_language": lambda t, k: t.language in (k["language"], None),
+    "length_constraints:number_sentences": lambda t, k: _relation(
+        len(t.punkt_sentences), k["relation"], k["num_sentences"]),
+    "length_constraints:number_paragraphs": lambda t, k: len(
+        _divided(t.s, r"\s?\*\*\*\s?") or []) == k["num_paragraphs"],
+    "length_constraints:number_words": lambda t, k: _relation(t.word_runs, k["relation"], k["num_words"]),
+    "length_constraints:nth_paragraph_first_word": lambda t, k: _nth_first_word(t.s, k),
+    "detectable_content:number_placeholders": lambda t, k: len(_spans(t.s, "[", "]")) >= k["num_placeholders"],
+    "detectable_content:postscript": lambda t, k: _postscript(t.lower, k["postscript_marker"]),
+    # a lone "*" swallows the line after it, as officially; [^\S\n] instead of \s keeps a page of blank lines linear
+    "detectable_format:number_bullet_lists": lambda t, k: len(re.findall(r"(?m)^[^\S\n]*\*[^\*].*$", t.s)) + len(
+        re.findall(r"(?m)^[^\S\n]*-", t.s)) == k["num_bullets"],
+    "detectable_format:constrained_response": lambda t, k: any(f"My answer is {a}." in t.s for a in ("yes", "no", "maybe")),
+    "detectable_format:number_highlighted_sections": lambda t, k: _highlights(t.s) >= k["num_highlights"],
+    "detectable_format:multiple_sections": lambda t, k: len(
+        re.findall(rf"{k['section_spliter']}\s?\d", t.s)) >= k["num_sections"],
+    "detectable_format:json_format": lambda t, k: _is_json(t.s),
+    "detectable_format:title": lambda t, k: _has_title(t.s),
+    "combination:two_responses": lambda t, k: _two_responses(t.s),
+    "combination:repeat_prompt": lambda t, k: t.s.strip().lower().startswith(k["prompt_to_repeat"].strip().lower()),
+    "startend:end_checker": lambda t, k: t.s.strip().strip('"').lower().endswith(k["end_phrase"].strip().lower()),
+    "startend:quotation": lambda t, k: len(s := t.s.strip()) > 1 and s[0] == '"' == s[-1],
+    "change_case:english_capital": lambda t, k: t.s.isupper() and t.language in ("en", None),
+    "change_case:english_lowercase": lambda t, k: t.s.islower() and t.language in ("en", None),
+    "change_case:capital_word_frequency": lambda t, k: _relation(
+        sum(w.isupper() for w in t.nltk_tokens), k["capital_relation"], k["capital_frequency"]),
+    "punctuation:no_comma": lambda t, k: "," not in t.s,
+}
+
+
+# The same requests, counted by script and judged as a careful reader would.
+
+NOT_CJK = f"[^\\W{HAN}{KANA}]"  # a word character outside Chinese and Japanese: only next to these has a word a boundary
+
+
+@lru_cache(maxsize=4096)
+def _keyword(word: str) -> re.Pattern:
+    """The word itself: whole words where the script has spaces, anywhere in Chinese; any case, any white space inside."""
+    body = r"\s+".join(re.escape(part) for part in word.split())
+    left = f"(?<!{NOT_CJK})" if re.match(NOT_CJK, word.strip()) else ""
+    right = f"(?!{NOT_CJK})" if re.match(NOT_CJK, word.strip()[-1]) else ""
+    return re.compile(left + body + right, re.IGNORECASE)
+
+
+def _count(t: Text, word: str) -> int:
+    return sum(1 for _ in _keyword(word).finditer(t.s))
+
+
+EDGE_MARKS = " \t\r\n*_#>~`\"'“”‘’「」『』"
+
+
+def _opens_with(part: str, word: str) -> bool:
+    return _keyword(word).match(part.lstrip(EDGE_MARKS + "([（【-")) is not None
+
+
+def _nth_opens_with(t: Text, k: dict) -> bool:
+    parts = t.paragraphs
+    return len(parts) == k["num_paragraphs"] >= k["nth_paragraph"] > 0 and _opens_with(
+        parts[k["nth_paragraph"] - 1], k["first_word"])
+
+
+def _speaks(t: Text, code: str) -> bool:
+    return t.script == ("zh" if code.lower().startswith("zh") else code.lower())
+
+
+def _placeholders(t: Text) -> int:
+    found = re.findall(r"[\[【［]([^\[\]【】［］\n]+)[\]】］](?!\()", t.s)  # "[text](link)" and "[x]" are none
+    return sum(bool(WORD.search(slot)) and slot not in "xX" for slot in found)
+
+
+def _has_postscript(t: Text, marker: str) -> bool:
+    pattern = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s[.:：]"}.get(marker) or re.escape(marker.lower())
+    found = re.search(rf"(?<![\w.]){pattern}", unicodedata.normalize("NFKC", t.lower))
+    return found is not None and WORD.search(found.string, found.end()) is not None
+
+
+def _section_numbers(t: Text, splitter: str) -> int:
+    """Different numbers of lines that open with "Section 1" or 第1部分, Markdown marks allowed before them."""
+    name, number = re.escape(splitter.strip()), r"(\d{1,6}|[一二三四五六七八九十]{1,3})"
+    found = re.findall(rf"(?im)^[ \t#*_>]*(?:{name}[^\S\n]?{number}|第[^\S\n]?{number}[^\S\n]?{name})", t.s)
+    return len({a or b for a, b in found})
+
+
+ANSWERS = re.compile(r"(?i)\bmy answer is (yes|no|maybe)\.|我的回答是[：:]?[“\"]?(是|否|不确定)[”\"]?。")
+EMPHASIS = re.compile(r"(?<![*\\])(\*{1,3})(?![\s*])([^*\n]+)(?<!\s)\1(?!\*)")
+QUOTES = {'"': '"', "“": "”", "「": "」", "『": "』", "«": "»"}
+
+
+def _is_quoted(s: str) -> bool:
+    s = s.strip().strip("*_")
+    return len(s) > 2 and QUOTES.get(s[0]) == s[-1] and s[0] not in s[1:-1] and s[-1] not in s[1:-1]
+
+
+def _is_english(t: Text) -> bool:
+    """Detected on the lower-cased text (capitals mislead the detector); a few plain words are too short to tell and count."""
+    return t.script == "en" or (0 < len(t.words) < 6 and t.letters.isascii() and t.letters != "")
+
+
+def _capital_words(t: Text) -> int:
+    tokens = re.split(r"[\s—–…]+", CJK.sub(" ", t.s))
+    return sum(token.isupper() for token in tokens)
+
+
+UNICODE: dict[str, Callable[[Text, dict], bool]] = COMPAT | {
+    "keywords:existence": lambda t, k: all(_count(t, w) for w in k["keywords"]),
+    "keywords:frequency": lambda t, k: _relation(_count(t, k["keyword"]), k["relation"], k["frequency"]),
+    "keywords:forbidden_words": lambda t, k: not any(_count(t, w) for w in k["forbidden_words"]),
+    "language:response_language": lambda t, k: _speaks(t, k["language"]),
+    "length_constraints:number_sentences": lambda t, k: _relation(len(t.sentences), k["relation"], k["num_sentences"]),
+    "length_constraints:number_paragraphs": lambda t, k: len(
+        _divided(t.s, r"(?:^|(?<=\s))\*\*\*(?=\s|$)") or []) == k["num_paragraphs"],
+    "length_constraints:number_words": lambda t, k: _relation(len(t.words), k["relation"], k["num_words"]),
+    "length_constraints:nth_paragraph_first_word": _nth_opens_with,
+    "detectable_content:number_placeholders": lambda t, k: _placeholders(t) >= k["num_placeholders"],
+    "detectable_content:postscript": lambda t, k: _has_postscript(t, k["postscript_marker"]),
+    "detectable_format:number_bullet_lists": lambda t, k: len(t.bullets) == k["num_bullets"],
+    "detectable_format:constrained_response": lambda t, k: len({m[0] for m in ANSWERS.finditer(t.s)}) == 1,
+    "detectable_format:number_highlighted_sections": lambda t, k: len(
+        EMPHASIS.findall("\n".join(t.prose_lines))) >= k["num_highlights"],
+    "detectable_format:multiple_sections": lambda t, k: _section_numbers(t, k["section_spliter"]) >= k["num_sections"],
+    "detectable_format:json_format": lambda t, k: _is_json(t.s, strict=True),
+    "detectable_format:title": lambda t, k: _has_title(t.s) or any(map(str.strip, _spans(t.s, "《《", "》》"))),
+    "combination:repeat_prompt": lambda t, k: " ".join(t.s.casefold().split()).startswith(
+        " ".join(k["prompt_to_repeat"].casefold().split())),
+    "startend:end_checker": lambda t, k: t.s.rstrip(EDGE_MARKS).casefold().endswith(
+        k["end_phrase"].strip(EDGE_MARKS).casefold()),
+    "startend:quotation": lambda t, k: _is_quoted(t.s),
+    "change_case:english_capital": lambda t, k: t.s.isupper() and _is_english(t),
+    "change_case:english_lowercase": lambda t, k: t.s.islower() and _is_english(t),
+    "change_case:capital_word_frequency": lambda t, k: _relation(
+        _capital_words(t), k["capital_relation"], k["capital_frequency"]),
+    "punctuation:no_comma": lambda t, k: not re.search("[,，﹐،]", t.s),
+}
+CHECKS = UNICODE  # every known id; the kinds of our own have one form for both modes
+
+# Arguments of each kind: name:type.
+ARGUMENTS = {
+    "keywords:existence": "keywords:words",
+    "keywords:frequency": "keyword:text frequency:count relation:relation",
+    "keywords:forbidden_words": "forbidden_words:words",
+    "keywords:letter_frequency": "letter:letter let_frequency:count let_relation:relation",
+    "language:response_language": "language:text",
+    "length_constraints:number_sentences": "num_sentences:count relation:relation",
+    "length_constraints:number_paragraphs": "num_paragraphs:count",
+    "length_constraints:number_words": "num_words:count relation:relation",
+    "length_constraints:nth_paragraph_first_word": "num_paragraphs:count nth_paragraph:count first_word:text",
+    "detectable_content:number_placeholders": "num_placeholders:count",
+    "detectable_content:postscript": "postscript_marker:text",
+    "detectable_format:number_bullet_lists": "num_bullets:count",
+    "detectable_format:number_highlighted_sections": "num_highlights:count",
+    "detectable_format:multiple_sections": "section_spliter:text num_sections:count",
+    "combination:repeat_prompt": "prompt_to_repeat:text",
+    "startend:end_checker": "end_phrase:text",
+    "change_case:capital_word_frequency": "capital_frequency:count capital_relation:relation",
+}
+TYPES: dict[str, tuple[str, Callable]] = {
+    "count": ("a whole number from 0", lambda v: type(v) in (int, float) and v >= 0 and v == v // 1),
+    "text": ("a text", lambda v: isinstance(v, str) and v.strip() != ""),
+    "letter": ("one character", lambda v: isinstance(v, str) and len(v.strip()) == 1),
+    "words": ("a list of words", lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(
+        isinstance(w, str) and w.strip() for w in v)),
+    "relation": ('"at least" or "less than"', lambda v: v in ("at least", "less than")),
+}
+
+
+def _arguments(constraint_id, kwargs) -> dict:
+    """The checked arguments of one constraint, nulls dropped. ValueError for an unknown id or missing, unknown or wrong arguments."""
+    if constraint_id not in CHECKS:
+        raise ValueError(f"unknown constraint id {constraint_id!r}")
+    if not isinstance(kwargs, dict | None):
+        raise ValueError(f"{constraint_id}: kwargs are not an object")
+    given = {name: value for name, value in (kwargs or {}).items() if value is not None}
+    wanted = dict(part.split(":") for part in ARGUMENTS.get(constraint_id, "").split())
+    for name, kind in wanted.items():
+        expected, accepts = TYPES[kind]
+        if name not in given:
+            raise ValueError(f"{constraint_id}: argument {name!r} is missing; it is {expected}")
+        if not accepts(given[name]):
+            raise ValueError(f"{constraint_id}: argument {name!r} is {given[name]!r} but must be {expected}")
+    if extra := given.keys() - wanted.keys():
+        raise ValueError(f"{constraint_id}: takes no argument {sorted(extra)[0]!r}")
+    return given
+
+
+def check(constraint_id: str, kwargs: dict, response: str, *, prompt: str = "", mode: str = "unicode") -> bool:
+    """Does `response` (the answer without tags) satisfy the constraint? A blank one never does.
+
+    mode "compat" is IFEval's own verdict, "unicode" the same meaning for every script (see the head of the file).
+    ValueError for an unknown id or mode, and for missing or wrong arguments (null counts as missing); nothing is drawn at random.
+    """
+    if mode not in ("compat", "unicode"):
+        raise ValueError(f"unknown mode {mode!r}; use 'compat' or 'unicode'")
+    kwargs = _arguments(constraint_id, kwargs)
+    if not response.strip() or len(response) > MAX_CHARS:
+        return False
+    table = COMPAT if mode == "compat" and constraint_id in COMPAT else CHECKS
+    return bool(table[constraint_id](text_of(response), kwargs))
+
+
+def check_loose(constraint_id: str, kwargs: dict, response: str, *, prompt: str = "", mode: str = "unicode") -> bool:
+    """IFEval's loose verdict: any of eight variants passes (first line, last line, both dropped; each also without asterisks)."""
+    lines = response.split("\n")
+    cuts = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
+    variants = dict.fromkeys([*cuts, *(cut.replace("*", "") for cut in cuts)])
+    return any(check(constraint_id, kwargs, variant, prompt=prompt, mode=mode) for variant in variants)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Making constraints: arguments that fit a draft, minimal edits that satisfy them, wordings
+#
+# A sampler sees the plain draft and asks for a little more or less than it has, so that the draft itself mostly fails and a
+# small edit passes. A repair makes that edit; it is only returned if the checker (in both modes, for English) accepts it.
+
+
+@lru_cache(maxsize=1)
+def _phrases() -> dict:
+    """data/phrases.json per language: `words` (word -> a sentence using it), ends, starters, slots, stop words."""
+    return json.loads((DATA / "phrases.json").read_text(encoding="utf-8"))
+
+
+def _is_zh(s: str) -> bool:
+    return len(CJK.findall(s)) * 2 > len(text_of(s).words)
+
+
+def _bank(s: str) -> dict:
+    return _phrases()["zh" if _is_zh(s) else "en"]
+
+
+def _glue(sentences: list[str]) -> str:
+    return ("" if _is_zh("".join(sentences)) else " ").join(" ".join(s.split()) for s in sentences)
+
+
+def _append(s: str, sentence: str) -> str:
+    """The text with one more sentence at its end, in a new paragraph after a list, a heading or a code block."""
+    s = s.rstrip()
+    last = s.rsplit("\n", 1)[-1]
+    if any(p.match(last) for p in (BULLET, NUMBERED, HEADING, FENCE, RULE_LINE)):
+        return f"{s}\n\n{sentence}"
+    if re.search(r"\w$", s):
+        s += "。" if _is_zh(s) else "."
+    return s + ("" if _is_zh(s) or not s else " ") + sentence
+
+
+def _without(s: str, sentence: str) -> str | None:
+    """The text without one of its sentences (and without the list marker it leaves bare); None if that is all or not found."""
+    if len(text_of(s).sentences) < 2 or (at := s.rfind(sentence)) < 0:
+        return None
+    left, right = s[:at].rstrip(" "), s[at + len(sentence):].lstrip(" ")
+    gap = " " if left and right and not (left[-1] + right[0]).isspace() and not _is_zh(s) and right[0] != "\n" else ""
+    lines = [line for line in (left + gap + right).split("\n") if not re.fullmatch(r"[ \t]*([*+•-]|\d+[.)]|#+)[ \t]*", line)]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+
+
+def _grow(s: str, enough: Callable[[str], bool], rng, pool=None) -> str | None:
+    """Append sentences of the bank (each at most once) until `enough`."""
+    pool = list(pool or _bank(s)["words"].values())
+    rng.shuffle(pool)
+    for sentence in pool[:12]:
+        if enough(s):
+            break
+        if sentence not in s:
+            s = _append(s, sentence)
+    return s
+
+
+def _shrink(s: str, enough: Callable[[str], bool], which=lambda sentence: True) -> str | None:
+    """Drop sentences, last first, until `enough`."""
+    while not enough(s):
+        found = next((x for x in reversed(text_of(s).sentences) if which(x)), None)
+        if found is None or (s := _without(s, found)) is None:
+            return None
+    return s
+
+
+def _grow_or_shrink(constraint_id: str, relation: str):
+    def repair(s, k, rng):
+        enough = lambda x: _complies(constraint_id, k, x)  # noqa: E731
+        return _grow(s, enough, rng) if k[relation] == "at least" else _shrink(s, enough)
+
+    return repair
+
+
+def _groups(items: list, n: int) -> list[list]:
+    """n contiguous groups of nearly equal size."""
+    return [items[i * len(items) // n: (i + 1) * len(items) // n] for i in range(n)]
+
+
+def _regroup(s: str, n: int, make: Callable[[int, str], str], between: str) -> str | None:
+    """The sentences of the text in n parts, each built by make(number, text); None if there are too few."""
+    sentences = text_of(s).sentences
+    return between.join(make(i, _glue(g)) for i, g in enumerate(_groups(sentences, n), 1)) if len(sentences) >= n > 0 else None
+
+
+def _content_words(s: str) -> Counter:
+    """English: words of four letters and more that are no function words. Chinese: pairs of characters that recur."""
+    bank = _bank(s)
+    if _is_zh(s):
+        pairs = Counter(run[i:i + 2] for run in re.findall(f"[{HAN}]+", s) for i in range(len(run) - 1))
+        return Counter({p: n for p, n in pairs.items() if n > 1 and not set(p) & set(bank["stop"])})
+    return Counter(w for w in re.findall(r"(?<![\w'’-])[a-z]{4,}(?![\w'’-])", s) if w not in bank["stop"])
+
+
+def _lower_first(s: str) -> str:
+    """`s` without its sentence-initial capital, unless the word is a name (the Punkt tables know which occur in lower case)."""
+    first = re.match(r"[A-Z][a-z]*(?![\w'’])", s)
+    known = first and first[0] != "I" and _punkt()._params.ortho_context.get(first[0].lower(), 0) & 0b1110000
+    return s[0].lower() + s[1:] if known else s
+
+
+def _key_spans(s: str) -> list[str]:
+    """Short phrases worth a highlight: content words, or short clauses in Chinese."""
+    if _is_zh(s):
+        return [c for c in re.split(r"[\s，。！？；：、,.!?;:“”‘’()（）*《》0-9-]+", s) if 2 <= len(c) <= 8 and CJK.match(c)]
+    return list(_content_words(s))
+
+
+def _title(s: str) -> str:
+    first = (text_of(s).sentences or [s])[0]
+    if _is_zh(s):
+        return re.split(r"[，。！？；：,.!?;:\s]", first)[0][:10]
+    words = [w for w, _ in _content_words(s).most_common(2)] or WORD.findall(first)[:3]
+    return " and ".join(w.capitalize() for w in words[:2])
+
+
+def _mention(s: str, word: str, rng) -> str:
+    bank = _bank(s)
+    return bank["words"].get(word) or rng.choice(bank["mention"]).format(w=word)
+
+
+def _add_words(s, words, rng):
+    for word in words:
+        if not _count(text_of(s), word):
+            s = _append(s, _mention(s, word, rng))
+    return s
+
+
+def _repair_frequency(s, k, rng):
+    word, n = k["keyword"], k["frequency"]
+    if k["relation"] == "less than":
+        return _shrink(s, lambda x: _count(text_of(x), word) < n, lambda sentence: _count(text_of(sentence), word))
+    mentions = [m.format(w=word) for m in rng.sample(_bank(s)["mention"], len(_bank(s)["mention"]))]
+    if word in _bank(s)["words"]:
+        mentions.insert(0, _bank(s)["words"][word])
+    for mention in mentions:
+        if _count(text_of(s), word) < n and mention not in s:
+            s = _append(s, mention)
+    return s
+
+
+def _repair_forbidden(s, k, rng):
+    bad = lambda x: any(_count(text_of(x), w) for w in k["forbidden_words"])  # noqa: E731
+    return _shrink(s, lambda x: not bad(x), bad)
+
+
+def _repair_letters(s, k, rng):
+    letter, n = k["letter"].lower(), k["let_frequency"]
+    enough = lambda x: _complies("keywords:letter_frequency", k, x)  # noqa: E731
+    if k["let_relation"] == "less than":
+        return _shrink(s, enough, lambda sentence: letter in sentence.lower())
+    rich = sorted(_bank(s)["words"].values(), key=lambda x: -x.lower().count(letter))
+    return _grow(s, enough, rng, rich[:6]) if n - s.lower().count(letter) <= 12 else None
+
+
+def _repair_first_word(s, k, rng):
+    word, zh = k["first_word"], _is_zh(s)
+    starter = any(word.lower() in group for group in _bank(s)["starters"])
+
+    def make(i, part):
+        if i != k["nth_paragraph"] or _opens_with(part, word):
+            return part
+        if starter:
+            return f"{word}，{part}" if zh else f"{word.capitalize()}, {_lower_first(part)}"
+        return f"{word}：{part}" if zh else f"{word[0].upper() + word[1:]}: {part}"
+
+    return _regroup(s, k["num_paragraphs"], make, "\n\n")
+
+
+def _repair_placeholders(s, k, rng):
+    bank = _bank(s)
+    missing = max(1, k["num_placeholders"] - _placeholders(text_of(s)))
+    slots = [f"[{slot}]" for slot in bank["slots"] if f"[{slot}]" not in s]
+    if missing > len(slots):
+        return None
+    return _append(s, rng.choice(bank["slot_sentence"]).format(slots=_join(rng.sample(slots, missing), _is_zh(s))))
+
+
+def _repair_highlights(s, k, rng):
+    spans = _key_spans(s)
+    rng.shuffle(spans)
+    for span in spans:
+        if _complies("detectable_format:number_highlighted_sections", k, s):
+            break
+        s = re.sub(rf"(?<![\w*]){re.escape(span)}(?![\w*])" if not _is_zh(s) else rf"(?<!\*){re.escape(span)}(?!\*)",
+                   f"*{span}*", s, count=1)
+    return s
+
+
+def _repair_yes_no(s, k, rng):
+    found = re.match(r"(?i)\s*(yes|no|maybe|perhaps)\b[,.!:]*\s*|\s*(不是|不对|不能|不会|是|对|能|会|不确定)的?[，。！]\s*", s)
+    if not found:
+        return None
+    rest = s[found.end():]
+    if found[2]:
+        word = "不确定" if found[2] == "不确定" else "否" if found[2][0] == "不" else "是"
+        return f"我的回答是：{word}。{rest}"
+    word = {"perhaps": "maybe"}.get(found[1].lower(), found[1].lower())
+    return f"My answer is {word}. {rest[:1].upper()}{rest[1:]}".strip()
+
+
+def _repair_two(s, k, rng):
+    second = text_of(s).sentences[:1]
+    return f"{s.rstrip()}\n\n******\n\n" + rng.choice(_bank(s)["again"]).format(
+        s=second[0] if _is_zh(s) else _lower_first(second[0])) if second else None
+
+
+def _repair_capital_words(s, k, rng):
+    words = list(_content_words(s))
+    rng.shuffle(words)
+    for word in words:
+        if _complies("change_case:capital_word_frequency", k, s):
+            break
+        s = re.sub(rf"\b{word}\b", word.upper(), s, count=1)
+    return s
+
+
+def _repair_commas(s, k, rng):
+    if _is_zh(s):
+        return re.sub("[,，]", "。", re.sub(r"(?<=\d)[,，](?=\d)", "", s))
+    s = re.sub(r"(?<=\d),(?=\d{3})", "", s)
+    s = re.sub(r"(\w+), (\w+),? (and|or) ", r"\1 \3 \2 \3 ", s)  # a, b, and c -> a and b and c
+    s = re.sub(r",(?= (?:and|or|but|so|which|who|where|while|because|such|including|like|as|then|you|it|we|they|he|she)\b)", "", s)
+    return re.sub(r",(?=\S)", ", ", s).replace(", ", " – ").replace(",", "")
+
+
+def _wrap_json(s, k, rng):
+    return json.dumps({rng.choice(_bank(s)["keys"]): s}, ensure_ascii=False)
+
+
+def _wrap_quotes(s, k, rng):
+    return "“" + re.sub("[“”\"]", "'", s.strip()) + "”" if _is_zh(s) else '"' + re.sub("[“”\"]", "'", s.strip()) + '"'
+
+
+def _complies(constraint_id: str, kwargs: dict, s: str) -> bool:
+    """Passes for training and, in English, for the benchmark too, so that an expert answer never teaches a difference."""
+    return check(constraint_id, kwargs, s) and (_is_zh(s) or check(constraint_id, kwargs, s, mode="compat"))
+
+
+REPAIRS: dict[str, Callable] = {
+    "keywords:existence": lambda s, k, rng: _add_words(s, k["keywords"], rng),
+    "keywords:frequency": _repair_frequency,
+    "keywords:forbidden_words": _repair_forbidden,
+    "keywords:letter_frequency": _repair_letters,
+    "length_constraints:number_sentences": _grow_or_shrink("length_constraints:number_sentences", "relation"),
+    "length_constraints:number_words": _grow_or_shrink("length_constraints:number_words", "relation"),
+    "length_constraints:number_paragraphs": lambda s, k, rng: _regroup(
+        s, k["num_paragraphs"], lambda i, part: part, "\n\n***\n\n"),
+    "length_constraints:nth_paragraph_first_word": _repair_first_word,
+    "detectable_content:number_placeholders": _repair_placeholders,
+    "detectable_content:postscript": lambda s, k, rng: (
+        f"{s.rstrip()}\n\n{k['postscript_marker'].rstrip('.')}. {rng.choice(list(_bank(s)['words'].values()))}"),
+    "detectable_format:number_bullet_lists": lambda s, k, rng: _regroup(
+        s, k["num_bullets"], lambda i, part: f"* {part}", "\n"),
+    "detectable_format:constrained_response": _repair_yes_no,
+    "detectable_format:number_highlighted_sections": _repair_highlights,
+    "detectable_format:multiple_sections": lambda s, k, rng: _regroup(
+        s, k["num_sections"], lambda i, part: f"{k['section_spliter']} {i}\n{part}", "\n\n"),
+    "detectable_format:json_format": _wrap_json,
+    "detectable_format:title": lambda s, k, rng: f"<<{_title(s)}>>\n\n{s}",
+    "combination:two_responses": _repair_two,
+    "combination:repeat_prompt": lambda s, k, rng: f"{k['prompt_to_repeat'].strip()}\n\n{s}",
+    "startend:end_checker": lambda s, k, rng: _append(s, k["end_phrase"]),
+    "startend:quotation": _wrap_quotes,
+    "change_case:english_capital": lambda s, k, rng: s.upper(),
+    "change_case:english_lowercase": lambda s, k, rng: s.lower(),
+    "change_case:capital_word_frequency": _repair_capital_words,
+    "punctuation:no_comma": _repair_commas,
+}
+
+
+def _near(rng, count: int, below: int, above: int, relation: str, name: str) -> dict:
+    """"less than" a bound the draft reaches, or "at least" one it misses, at most `below` or `above` away."""
+    if count > 1 and below > 0 and rng.random() < 0.4:
+        return {name: max(1, count - rng.randint(0, below - 1)), relation: "less than"}
+    return {name: count + rng.randint(1, above), relation: "at least"}
+
+
+def _sample_frequency(rng, t, prompt):
+    words = sorted(_content_words(t.s).items())
+    word, count = rng.choice(words) if words and rng.random() < 0.6 else (rng.choice(list(_bank(t.s)["words"])), 0)
+    count = max(count, _count(t, word))
+    return {"keyword": word} | _near(rng, count, 1 if count < len(t.sentences) else 0, 2, "relation", "frequency")
+
+
+def _sample_forbidden(rng, t, prompt):
+    """One or two words that occur in a single sentence, not the first, so that the answer survives without it."""
+    homes = defaultdict(list)
+    for word in sorted(_content_words(t.s)):
+        found = [i for i, sentence in enumerate(t.sentences) if _count(text_of(sentence), word)]
+        if len(found) == 1 and found[0] > 0:
+            homes[found[0]].append(word)
+    words = homes[rng.choice(sorted(homes))] if homes else []
+    return {"forbidden_words": rng.sample(words, rng.randint(1, min(2, len(words))))} if words else None
+
+
+def _sample_letters(rng, t, prompt):
+    if _is_zh(t.s):
+        return None
+    letter = rng.choice("abcdefghiklmnoprstuvwy")
+    return {"letter": letter} | _near(rng, t.lower.count(letter), 1, 4, "let_relation", "let_frequency")
+
+
+def _sample_words(rng, t, prompt):
+    if not t.sentences:
+        return None
+    last = len(text_of(t.sentences[-1]).words)
+    return _near(rng, len(t.words), last if len(t.sentences) > 1 else 0, 12, "relation", "num_words")
+
+
+def _sample_first_word(rng, t, prompt):
+    if len(t.sentences) < 2:
+        return None
+    n = rng.randint(2, min(3, len(t.sentences)))
+    nth = rng.randint(1, n)
+    group = _bank(t.s)["starters"][0 if nth == 1 else 2 if nth == n else 1]
+    return {"num_paragraphs": n, "nth_paragraph": nth, "first_word": rng.choice(group)}
+
+
+def _split_count(name: str, most: int):
+    """A number of parts that the draft's sentences can be divided into."""
+    return lambda rng, t, prompt: {name: rng.randint(2, min(most, len(t.sentences)))} if len(t.sentences) > 1 else None
+
+
+# id -> arguments fitting the draft t, or None; the argument-free kinds below need no sampler of their own
+SAMPLERS: dict[str, Callable] = {
+    "keywords:existence": lambda rng, t, prompt: {"keywords": rng.sample(
+        [w for w in _bank(t.s)["words"] if not _count(t, w)], rng.randint(1, 2))},
+    "keywords:frequency": _sample_frequency,
+    "keywords:forbidden_words": _sample_forbidden,
+    "keywords:letter_frequency": _sample_letters,
+    "language:response_language": lambda rng, t, prompt: {"language": "zh-cn" if _is_zh(t.s) else "en"},
+    "length_constraints:number_sentences": lambda rng, t, prompt: _near(
+        rng, len(t.sentences), 1, 2, "relation", "num_sentences"),
+    "length_constraints:number_words": _sample_words,
+    "length_constraints:number_paragraphs": _split_count("num_paragraphs", 3),
+    "length_constraints:nth_paragraph_first_word": _sample_first_word,
+    "detectable_content:number_placeholders": lambda rng, t, prompt: {
+        "num_placeholders": _placeholders(t) + rng.randint(1, 3)},
+    "detectable_content:postscript": lambda rng, t, prompt: {"postscript_marker": rng.choice(["P.S.", "P.P.S"])},
+    "detectable_format:number_bullet_lists": _split_count("num_bullets", 5),
+    "detectable_format:constrained_response": lambda rng, t, prompt: {} if _repair_yes_no(t.s, {}, rng) else None,
+    "detectable_format:number_highlighted_sections": lambda rng, t, prompt: {
+        "num_highlights": rng.randint(1, min(3, n))} if (n := len(_key_spans(t.s))) else None,
+    "detectable_format:multiple_sections": lambda rng, t, prompt: {
+        "section_spliter": rng.choice(_bank(t.s)["sections"]), "num_sections": rng.randint(2, min(3, n))} if (
+        n := len(t.sentences)) > 1 else None,
+    "combination:repeat_prompt": lambda rng, t, prompt: {"prompt_to_repeat": prompt} if prompt.strip() else None,
+    "startend:end_checker": lambda rng, t, prompt: {"end_phrase": rng.choice(_bank(t.s)["ends"])},
+    "change_case:english_capital": lambda rng, t, prompt: None if CJK.search(t.s) else {},
+    "change_case:english_lowercase": lambda rng, t, prompt: None if CJK.search(t.s) else {},
+    "change_case:capital_word_frequency": lambda rng, t, prompt: {
+        "capital_frequency": _capital_words(t) + rng.randint(1, min(3, n)), "capital_relation": "at least"} if (
+        not _is_zh(t.s) and (n := len(_content_words(t.s)))) else None,
+    "punctuation:no_comma": lambda rng, t, prompt: {} if re.search("[,，]", t.s) else None,
+}
+
+# The order in which repairs are applied: words first, then lengths, structure, marks, edges, case, and what wraps the whole.
+ORDER = {
+    10: "existence frequency forbidden_words letter_frequency response_language",
+    20: "number_sentences number_words",
+    30: "number_paragraphs nth_paragraph_first_word number_bullet_lists multiple_sections",
+    40: "number_placeholders number_highlighted_sections",
+    50: "constrained_response two_responses title end_checker postscript",
+    60: "capital_word_frequency no_comma english_capital english_lowercase",
+    70: "quotation json_format repeat_prompt",
+}
+# Kinds of one line exclude each other: they claim the same place or the same property of the answer.
+CONFLICTS = (
+    "number_paragraphs nth_paragraph_first_word number_bullet_lists multiple_sections two_responses json_format constrained_response",
+    "title quotation json_format repeat_prompt constrained_response",
+    "postscript end_checker quotation json_format two_responses",
+    "english_capital english_lowercase capital_word_frequency",
+    "english_capital english_lowercase response_language",
+    "english_capital english_lowercase json_format",
+    "english_capital english_lowercase constrained_response",
+    "english_capital english_lowercase multiple_sections",
+    "two_responses repeat_prompt",
+    "two_responses number_sentences",
+    "two_responses number_words",
+    "json_format number_highlighted_sections",
+    "json_format no_comma",
+    "repeat_prompt no_comma",
+    "repeat_prompt forbidden_words",
+    "repeat_prompt english_capital",
+    "repeat_prompt english_lowercase",
+    "repeat_prompt nth_paragraph_first_word",
+    "repeat_prompt number_paragraphs",
+    "repeat_prompt number_bullet_lists",
+    "quotation title",
+)
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """One kind. check(kwargs, response, prompt="", mode="unicode") -> bool;
+
+    sample(rng, draft, language, prompt="") -> kwargs that fit the draft, or None (repeat_prompt fits only if given the prompt);
+    repair(text, kwargs, rng) -> the text minimally edited so that it passes, or None; conflicts: ids never combined with this one.
+    """
+
+    id: str
+    check: Callable[..., bool]
+    sample: Callable[..., dict | None]
+    repair: Callable[..., str | None]
+    conflicts: frozenset[str]
+    order: int
+    wordings: dict[str, list[str]]
+    plans: dict[str, list[str]]
+    example: dict
+
+
+def _sampler(constraint_id: str) -> Callable[..., dict | None]:
+    def sample(rng: random.Random, draft: str, language: str, prompt: str = "") -> dict | None:
+        if not draft.strip() or _is_zh(draft) != (language == "zh"):
+            return None
+        maker = SAMPLERS.get(constraint_id)
+        return maker(rng, text_of(draft), prompt) if maker else {}
+
+    return sample
+
+
+def _repairer(constraint_id: str) -> Callable[..., str | None]:
+    def repair(text: str, kwargs: dict, rng: random.Random) -> str | None:
+        kwargs = _arguments(constraint_id, kwargs)
+        if not text.strip():
+            return None
+        if _complies(constraint_id, kwargs, text):
+            return text
+        maker = REPAIRS.get(constraint_id)
+        edited = maker(text, kwargs, rng) if maker else None
+        return edited if edited and _complies(constraint_id, kwargs, edited) else None
+
+    return repair
+
+
+def _checker(constraint_id: str) -> Callable[..., bool]:
+    return lambda kwargs, response, prompt="", mode="unicode": check(constraint_id, kwargs, response, prompt=prompt, mode=mode)
+
+
+def _load_constraints() -> dict[str, Constraint]:
+    short = {constraint_id.split(":")[1]: constraint_id for constraint_id in CHECKS}
+    order = {short[name]: rank for rank, names in ORDER.items() for name in names.split()}
+    conflicts = {constraint_id: {constraint_id} for constraint_id in CHECKS}
+    for names in CONFLICTS:
+        group = {short[name] for name in names.split()}
+        for constraint_id in group:
+            conflicts[constraint_id] |= group
+    rows = map(json.loads, (DATA / "constraints.jsonl").read_text(encoding="utf-8").splitlines())
+    return {
+        (i := row["id"]): Constraint(i, _checker(i), _sampler(i), _repairer(i), frozenset(conflicts[i]), order[i],
+                                     row["wordings"], row["plans"], row["example"])
+        for row in rows
+    }
+
+
+CONSTRAINTS: dict[str, Constraint] = _load_constraints()
+
+
+def compatible(ids) -> bool:
+    """Can these constraint ids be asked for together? (No id twice, no pair in conflict.)"""
+    ids = list(ids)
+    return not any(b in CONSTRAINTS[a].conflicts for i, a in enumerate(ids) for b in ids[i + 1:])
+
+
+LANGUAGE_NAMES = {
+    "en": "English 英语", "zh": "Chinese 中文", "zh-cn": "Chinese 中文", "zh-tw": "Traditional-Chinese 繁体中文", "ja": "Japanese 日语",
+    "ko": "Korean 韩语", "de": "German 德语", "fr": "French 法语", "es": "Spanish 西班牙语", "ru": "Russian 俄语",
+    "it": "Italian 意大利语", "pt": "Portuguese 葡萄牙语", "ar": "Arabic 阿拉伯语", "hi": "Hindi 印地语",
+}
+RELATIONS_ZH = {"at least": "至少", "less than": "少于", "at most": "至多", "exactly": "正好"}
+
+
+def _join(items: list[str], zh: bool) -> str:
+    if len(items) < 2:
+        return "".join(items)
+    return ("、" if zh else ", ").join(items[:-1]) + ("和" if zh else " and " if len(items) == 2 else ", and ") + items[-1]
+
+
+def _fill(templates: list[str], kwargs: dict, language: str, variant: int) -> str:
+    zh, shown = language == "zh", {}
+    for name, value in kwargs.items():
+        if isinstance(value, list | tuple):
+            value = _join([f"“{v}”" if zh else f'"{v}"' for v in value], zh)
+        elif name == "language":
+            value = LANGUAGE_NAMES.get(value, f"{value} {value}").split()[zh]
+        elif zh:
+            value = RELATIONS_ZH.get(value, value)
+        shown[name] = value
+    text = templates[variant % len(templates)].format(**shown)
+    return re.sub(r"\b1 ((?:highlighted |bullet )?(?:word|sentence|paragraph|time|point|part|section|placeholder|phrase|letter|line|"
+                  r"heading|item|column|row|character|date)s)\b", lambda m: f"1 {m[1][:-1]}", text)
+
+
+def render(constraint_id: str, kwargs: dict, language: str, variant: int) -> str:
+    """The constraint as a sentence for the user's instruction: wording number `variant`, in "en" or "zh"."""
+    return _fill(CONSTRAINTS[constraint_id].wordings[language], _arguments(constraint_id, kwargs), language, variant)
+
+
+def plan(constraint_id: str, kwargs: dict, language: str, variant: int) -> str:
+    """A short first-person thought that works through the constraint, for expert answers."""
+    return _fill(CONSTRAINTS[constraint_id].plans[language], _arguments(constraint_id, kwargs), language, variant)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Math
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last closed `\boxed{...}`, braces matched (`\{` and `\}` are plain signs); None without one. Linear."""
+    open_boxes, last, start_of_last = [], None, -1
+    for m in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
+        if m[0] == "}":
+            if open_boxes and (box := open_boxes.pop()) is not None and box.start() > start_of_last:
+                last, start_of_last = text[box.end(): m.start()], box.start()
+        elif m[0] == "{":
+            open_boxes.append(None)
+        elif m[0].startswith("\\boxed"):
+            open_boxes.append(m)
+    return last
+
+
+class MathWorker:
+    """math-verify in a process of its own: sympy may run for hours on a hostile answer, so each question has a deadline.
+
+    The process starts at the first question; one that misses the deadline is killed and the answer counts as wrong.
+    """
+
+    def __init__(self, deadline: float = 5.0):
+        self.deadline, self.process, self.lock = deadline, None, threading.Lock()
+
+    def _exchange(self, line: str, seconds: float) -> str:
+        timer = threading.Timer(seconds, self.process.kill)
+        timer.start()
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+            return self.process.stdout.readline().strip()
+        except BrokenPipeError:
+            return ""
+        finally:
+            timer.cancel()
+
+    def same(self, gold: str, answer: str) -> bool:
+        with self.lock:
+            if self.process is None or self.process.poll() is not None:
+                self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                                stderr=subprocess.DEVNULL, text=True, encoding="utf-8")
+                if self._exchange(json.dumps(["1", "1"]), 120.0) != "true":  # loading sympy does not count
+                    raise RuntimeError("the math-verify worker does not start; check `python -c 'import math_verify'`")
+            reply = self._exchange(json.dumps([gold, answer]), self.deadline)
+            if not reply:  # killed at the deadline, or sympy brought it down
+                self.process.kill()
+                self.process.wait()
+            return reply == "true"
+
+
+MATH_WORKER = MathWorker()
+
+
+def math_reward(text: str, gold: str) -> float:
+    r"""+2 if the last `\boxed{}` of the whole completion equals `gold`, -1.5 if not, -2 without any. Whatever the format."""
+    answer = last_boxed(text)
+    if answer is None:
+        return -2.0
+    plain = re.sub(r"\s+", "", answer)
+    correct = bool(plain) and len(plain) <= 1000 and (
+        plain == re.sub(r"\s+", "", last_boxed(gold) or gold) or MATH_WORKER.same(last_boxed(gold) or gold, answer))
+    return 2.0 if correct else -1.5
+
+
+def _math_worker_main() -> None:
+    """The worker: reads [gold, answer] lines, writes true or false. `python rewards.py` is this."""
+    from math_verify import parse, verify
+
+    for line in sys.stdin:
+        gold, answer = (parse(f"\\boxed{{{s}}}", parsing_timeout=None) for s in json.loads(line))
+        print(json.dumps(bool(gold and answer and verify(gold, answer, timeout_seconds=None))), flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Rewards
+
+
+def format_reward(parsed: Parsed) -> float:
+    return 1.0 if parsed.format_ok else -1.0
+
+
+def accuracy_reward(verdicts: list[bool]) -> float:
+    """All constraints +2, some k/C, none -2 (paper section 3.3). ValueError on an empty list."""
+    if not verdicts:
+        raise ValueError("accuracy_reward needs at least one verdict")
+    return 2.0 if all(verdicts) else sum(verdicts) / len(verdicts) if any(verdicts) else -2.0
+
+
+@dataclass(frozen=True)
+class Score:
+    format: float
+    accuracy: float
+    total: float
+    verdicts: list[bool]  # one per active constraint, in order; of a math record: [correct]
+
+
+def score(records, completions, *, judge=None, family="cold", direct=False, mode="unicode") -> list[Score]:
+    """The rule-centric reward of whole assistant turns; `records[i]` belongs to `completions[i]`.
+
+    An instruction with an invalid format, a blank answer or a blank or placeholder thought has accuracy -2, all verdicts False.
+    A constraint counts only if all it depends on hold, transitively; inactive ones are never scored.
+    direct=True (no-reasoning rollouts): no think check, the answer block or else all after the thought, format 0, total = accuracy.
+    Judge questions of the whole call go to `judge(items)` at once; ValueError if there are some and no judge is given.
+    """
+    if len(records) != len(completions):
+        raise ValueError(f"{len(records)} records but {len(completions)} completions")
+    questions, answers = [], []
+    for record, text in zip(records, completions, strict=True):
+        constraints = record.get("constraints", []) if record["task"] == "instruction" else []
+        asked = [c["question"] for c in constraints if c["kind"] == "judge" and c.get("active", True)]
+        if asked and judge is None:
+            raise ValueError(f"record {record['id']!r} has judge constraints; pass a judge")
+        parsed = parse_response(text, family)
+        valid = parsed.answer.strip() != "" and (direct or (parsed.format_ok and not is_placeholder(parsed.think)))
+        answers.append((parsed, valid))
+        if valid:
+            questions += [(record["messages"][-1]["content"], parsed.answer, question) for question in asked]
+    judged = iter(judge(questions) if questions else [])
+
+    scores = []
+    for record, text, (parsed, valid) in zip(records, completions, answers, strict=True):
+        if record["task"] == "math":
+            accuracy = math_reward(text, record["answer"])
+            verdicts = [accuracy == 2.0]
+        else:
+            holds, verdicts = [], []
+            for c in record["constraints"]:
+                active = c.get("active", True)
+                verdict = all(holds[j] for j in c.get("depends_on", ()))
+                if active and valid:
+                    verdict &= bool(next(judged)) if c["kind"] == "judge" else check(
+                        c["id"], c["kwargs"], parsed.answer, prompt=record["messages"][-1]["content"], mode=mode)
+                holds.append(verdict)
+                if active:
+                    verdicts.append(verdict and valid)
+            accuracy = accuracy_reward(verdicts)
+        form = 0.0 if direct else format_reward(parsed)
+        scores.append(Score(form, accuracy, form + accuracy, verdicts))
+    return scores
+
+
+if __name__ == "__main__":
+    _math_worker_main()

