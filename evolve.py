@@ -59,7 +59,7 @@ class Config:
     model: str = "smollm2-135m"  # writes the drafts: smollm2-135m, a local folder or a hub name
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic of the drafts
     draft_tokens: int = 64  # longest draft, in tokens
-    draft_words: int = 45  # drafts are cut after the last complete sentence within so many words
+    draft_words: int = 40  # drafts are cut after the last complete sentence within so many words
     temperature: float = 0.0  # of the drafts; 0 is greedy
     weight_1: float = 0.35  # weight of instructions with one constraint
     weight_2: float = 0.4  # … with two
@@ -69,7 +69,7 @@ class Config:
     uses: int = 2  # training records per request
     heldout: int = 200  # held-out records of the trained kinds
     ood: int = 100  # held-out records with at least one kind never trained on
-    max_words: int = 90  # longest expert answer, in words
+    max_words: int = 80  # longest expert answer, in words
     limit: int = 0  # use only so many requests; 0 = all
     seed: int = 0  # everything random follows from it
     out: str = "runs/evolve"  # folder of the results; drafts found there are used again
@@ -183,8 +183,9 @@ def write_drafts(seeds: list[dict], cfg: Config, folder: Path) -> dict[str, str]
 
 _SENTENCE = re.compile(r"\S.*?(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)[.!?][\"”’]?(?=\s|$)")
 _DEBRIS = re.compile(r"^\s*([-*#>•]|\d+[.)])\s|\*\*|[\[\]{}<>_#|`]|https?:", re.M)
-_REFUSAL = re.compile(
-    r"\b(as an ai|language model|chatbot|assistant|i'm (unable|not (able|equipped))|i can(not|'t) (assist|provide))\b",
+_CHATTER = re.compile(
+    r"\b(ai|language model|chatbot|assistant|hugging face|i'm (sorry|unable|here to|happy to|not (able|equipped|sure))|"
+    r"i am (sorry|unable|here to)|i can(not|'t| help| assist| provide))\b",
     re.I,
 )
 _LOOP = re.compile(r"\b(\w+)[ ,]+(and |or )?\1\b", re.I)  # "clients, clients", "cunning and cunning"
@@ -206,8 +207,8 @@ def cut_draft(text: str, language: str, max_words: int) -> tuple[str | None, str
     tokens = draft.lower().split()
     if len(tokens) < 8:
         return None, "list or markup" if found else "no complete sentence"
-    if _REFUSAL.search(draft):
-        return None, "refusal"
+    if _CHATTER.search(draft):
+        return None, "talks about itself"
     if _LOOP.search(draft) or len(shingles(draft)) < 0.9 * (len(tokens) - 2) or len(set(tokens)) < 0.5 * len(tokens):
         return None, "repeats itself"
     return (draft.replace('"', "") if draft.count('"') % 2 else draft), ""
@@ -226,6 +227,8 @@ def draw_constraints(rng, seed: dict, kinds, first, tried: Counter, cfg: Config)
     chosen: list[tuple[str, dict]] = []
     for pool, count in ((first, 1 if first else 0), (kinds, wanted)):
         for kind in sorted(pool, key=lambda kind: tried[kind] + 2 * rng.random()):
+            if kind == "length_constraints:number_sentences" and "sentence" in seed["text"]:
+                continue  # the request itself says how many
             if len(chosen) < count and rewards.compatible([kind, *(other for other, _ in chosen)]):
                 tried[kind] += 1
                 kwargs = draw_kwargs(rng, kind, seed, cfg.keep_easy)
@@ -256,7 +259,7 @@ def pick_variant(rng, kind: str, language: str, heldout: bool) -> int:
 
 
 _NOT_A_VERB = re.compile(
-    r"(the|your|in|no|every|each|an?|there|it|this|all|at|i|if|both|only|within|as|nothing)\b", re.I
+    r"(the|your|in|no|every|each|an?|there|it|this|all|at|i|if|both|only|within|as|nothing|please)\b", re.I
 )
 _JOINTS = {
     "en": {
@@ -286,25 +289,28 @@ def lower_first(sentence: str) -> str:
 
 
 def lead_in(rng, leads, sentence: str) -> str:
-    lead = rng.choice([lead for lead in leads if lead != "Please " or not _NOT_A_VERB.match(sentence)])
+    polite = _NOT_A_VERB.match(sentence) is None
+    lead = rng.choice([lead for lead in leads if lead != "Please " or polite])
     return lead + (lower_first(sentence) if lead.endswith((" ", "，")) else sentence)
 
 
 def merge(rng, request: str, sentences: list[str], language: str) -> str:
-    """One instruction out of the request and the constraints' sentences, in one of several shapes."""
-    joints, sentences = _JOINTS[language], rng.sample(sentences, len(sentences))
+    """One instruction out of the request and the constraints' sentences, in their order, in one of several shapes."""
+    joints = _JOINTS[language]
     space = joints["space"]
+    flow = [lead_in(rng, joints["first"] if i == 0 else joints["more"], s) for i, s in enumerate(sentences)]
+    if request in sentences[-1]:  # "repeat this before you answer: …" holds the request itself
+        return space.join(flow)
     quoted = re.search("[:：]", request)  # the request ends in material to work on: constraints must not run into it
     shapes = ["bullets"] if quoted and len(sentences) > 1 else []
     shapes += ["before", "before"] if quoted else ["after", "after", "after", "before"]
-    if len(sentences) > 1 and not any(re.search(r"[.!?。！？;；\n].", s.strip("\"'")) for s in sentences):
+    if len(sentences) > 1 and not any(re.search(r"[.!?。！？:：;；\n].", s.strip("\"'")) for s in sentences):
         shapes += ["list", "list"]
     shape = rng.choice(shapes)
     if shape == "bullets":
         return f"{request}\n\n{rng.choice(joints['after'])}\n" + "\n".join(f"- {s}" for s in sentences)
-    flow = [lead_in(rng, joints["first"] if i == 0 else joints["more"], s) for i, s in enumerate(sentences)]
     if shape == "before":
-        intro = rng.choice(joints["before"])
+        intro = "" if re.search("[:：]", sentences[0]) else rng.choice(joints["before"])
         rules = [lower_first(sentences[0]) if intro else sentences[0], *flow[1:]]
         return f"{intro}{space.join(rules)}\n\n{rng.choice(joints['request'])}{request}"
     if shape == "list":
@@ -347,7 +353,10 @@ def subject(request: str, draft: str) -> str:
     """What request and draft share: up to three content words in the order of the request; neighbours stay together."""
     stems = {word[:5] for word in re.findall(r"[a-z'-]{4,}", draft.lower())}
     words = re.findall(r"[A-Za-z'-]+|[^\w\s]", request)
-    content = [i for i, word in enumerate(words) if len(word) > 3 and word.lower() not in _COMMON]
+    inner = [
+        i for i in range(1, len(words)) if words[i - 1] not in (".", "!", "?", ":")
+    ]  # a sentence opens with its verb
+    content = [i for i in inner if len(words[i]) > 3 and words[i].lower() not in _COMMON and words[i] not in words[:i]]
     shared = [i for i in content if words[i].lower()[:5] in stems]
     longest = sorted(sorted(shared, key=lambda i: -len(words[i]))[:3])
     phrases: list[str] = []
@@ -360,11 +369,12 @@ def subject(request: str, draft: str) -> str:
 
 
 _COMMON = frozenset(
-    "about after also answer because been before brief briefly could describe does each explain find five from "
-    "give good have here into just keep kind like line lines little make many mean more most much name need only "
-    "other people quick reply sentence sentences short shortly should small some someone something take tell text "
-    "than that their them then there these they this three very want what when where which while will with "
-    "without word words would write your".split()
+    "about advice after also always answer because been before best better brief briefly could describe does each "
+    "easily easy enjoy everyone explain find first five from give good have help here into just keep keeps kind "
+    "like line lines little long make many mean more most much name need never often only other people quick "
+    "really remember reply request sentence sentences short shortly should simple small some someone something "
+    "suggest take tell text than that their them then there these they this three today topic topics usually very "
+    "want ways what when where which while will with without word words would write your".split()
 )
 
 
@@ -379,7 +389,7 @@ def compose_thought(rng, seed: dict, constraints, thoughts) -> str:
     parts[0] = parts[0][0].upper() + parts[0][1:]
     for position, (kind, kwargs) in enumerate(constraints):
         sentence = rewards.plan(kind, kwargs, language, rng.randrange(1000))
-        joint = rng.choice(thoughts[language, "joint"]) if position else ""
+        joint = rng.choice(thoughts[language, "joint"]) if position and not sentence.startswith("First") else ""
         parts.append(joint + (lower_first(sentence) if joint else sentence))
     parts.append(rng.choice(thoughts[language, f"check_{len(constraints)}"]))
     return _JOINTS[language]["space"].join(parts)
@@ -404,6 +414,8 @@ def make_record(
     if count_words(answer) > cfg.max_words:
         counts["answer too long"] += 1
         return None
+    # In the instruction's order; a sentence that quotes the request comes last.
+    drawn = sorted(rng.sample(drawn, len(drawn)), key=lambda constraint: constraint[0] == "combination:repeat_prompt")
     variants = [pick_variant(rng, kind, language, heldout) for kind, _ in drawn]
     texts = [rewards.render(*constraint, language, v) for constraint, v in zip(drawn, variants, strict=True)]
     thought = compose_thought(rng, seed, drawn, thoughts)

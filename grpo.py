@@ -138,16 +138,11 @@ class Row:
     old_logp: torch.Tensor | None = None  # (R,) under the policy that sampled it; None: it is the current policy
 
 
-def micro_batches(rows: list, cfg: Config) -> list[list]:
-    """Rows of like length together, at most cfg.micro_tokens tokens with padding."""
-    return [[rows[i] for i in batch] for batch in m.token_batches([len(row.ids) for row in rows], cfg.micro_tokens)]
-
-
 def policy_backward(policy, reference, rows: list[Row], normalizer: int, cfg: Config, dtype) -> dict:
     """Accumulate the gradient of L_policy + kl_coef · L_KL over these rows; returns the summed stats."""
     totals = {"policy_loss": 0.0, "kl": 0.0, "clip_share": 0.0}
-    for batch in micro_batches(rows, cfg):
-        pairs = [(row.ids, row.start) for row in batch]
+    for packs in m.micro_batches(rows, cfg.micro_tokens):
+        batch, pairs = flatten(packs)
         ref_logp_BR = None
         if reference is not None:
             with torch.no_grad():
@@ -169,8 +164,8 @@ def policy_backward(policy, reference, rows: list[Row], normalizer: int, cfg: Co
 def cloning_backward(policy, rows: list[Row], normalizer: int, cfg: Config, dtype) -> float:
     """Accumulate the gradient of λ · mean_i mean_t −log π_θ(ỹ|x̃) (Eq. 8) over expert rows; returns the BC loss."""
     total = 0.0
-    for batch in micro_batches(rows, cfg):
-        logp_BR, mask_BR = m.row_logprobs(policy, [(row.ids, row.start) for row in batch], dtype)
+    for packs in m.micro_batches(rows, cfg.micro_tokens):
+        logp_BR, mask_BR = m.row_logprobs(policy, flatten(packs)[1], dtype)
         loss = -(logp_BR.sum(1) / mask_BR.sum(1)).sum() / normalizer
         (cfg.bc_coef * loss).backward()
         total += loss.item()
@@ -180,10 +175,16 @@ def cloning_backward(policy, rows: list[Row], normalizer: int, cfg: Config, dtyp
 @torch.no_grad()
 def store_old_logprobs(policy, rows: list[Row], cfg: Config, dtype) -> None:
     """Fill in old_logp: the sampling policy's log-probabilities, needed once the policy moves on."""
-    for batch in micro_batches(rows, cfg):
-        logp_BR, mask_BR = m.row_logprobs(policy, [(row.ids, row.start) for row in batch], dtype, cfg.temperature)
+    for packs in m.micro_batches(rows, cfg.micro_tokens):
+        batch, pairs = flatten(packs)
+        logp_BR, mask_BR = m.row_logprobs(policy, pairs, dtype, cfg.temperature)
         for row, logp_R, mask_R in zip(batch, logp_BR, mask_BR, strict=True):
             row.old_logp = logp_R[mask_R]
+
+
+def flatten(packs: list[list[Row]]):
+    """(rows in the order of the packs, packs of (token ids, response start) as row_logprobs takes them)."""
+    return [row for pack in packs for row in pack], [[(row.ids, row.start) for row in pack] for pack in packs]
 
 
 # ---------------------------------------------------------------- data

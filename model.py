@@ -358,23 +358,69 @@ def token_logprobs(model, input_ids_BT, attention_mask_BT, response_start_B, *, 
     rows_N, columns_N = is_response_BT.nonzero(as_tuple=True)
     hidden_ND = hidden_BTD[rows_N, columns_N - 1]
     target_N = input_ids_BT[rows_N, columns_N]
+    logp_N = _head_logprobs(model, hidden_ND, target_N, temperature, chunk)
+    width = int((end_B - response_start_B).clamp(min=0).max()) if B else 0
+    logp_BR = torch.zeros(B, width, dtype=logp_N.dtype, device=logp_N.device)
+    return logp_BR.index_put((rows_N, columns_N - response_start_B[rows_N]), logp_N)
+
+
+def _head_logprobs(model, hidden_ND, target_N, temperature, chunk):
+    """log-probability (N,) of each target token given the hidden state before it; float32 over the vocabulary."""
     head = model.get_output_embeddings()
 
-    def head_logprobs(hidden_CD, target_C):
+    def logprobs(hidden_CD, target_C):
         logits_CV = head(hidden_CD)
         logits_CV = (logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()) / temperature
         return -F.cross_entropy(logits_CV, target_C, reduction="none")
 
-    parts = [
-        checkpoint(head_logprobs, hidden_CD, target_C, use_reentrant=False)
-        if torch.is_grad_enabled()
-        else head_logprobs(hidden_CD, target_C)
-        for hidden_CD, target_C in zip(hidden_ND.split(chunk), target_N.split(chunk), strict=True)
-    ]
-    logp_N = torch.cat(parts) if parts else hidden_ND.sum(-1).float()
-    width = int((end_B - response_start_B).clamp(min=0).max()) if B else 0
-    logp_BR = torch.zeros(B, width, dtype=logp_N.dtype, device=logp_N.device)
-    return logp_BR.index_put((rows_N, columns_N - response_start_B[rows_N]), logp_N)
+    if not torch.is_grad_enabled():
+        parts = [logprobs(*part) for part in zip(hidden_ND.split(chunk), target_N.split(chunk), strict=True)]
+    else:
+        parts = [checkpoint(logprobs, *part, use_reentrant=False)
+                 for part in zip(hidden_ND.split(chunk), target_N.split(chunk), strict=True)]
+    return torch.cat(parts) if parts else hidden_ND.sum(-1).float()
+
+
+def packed_logprobs(model, packs, *, temperature=1.0, chunk=1024):
+    """token_logprobs for groups: each pack is a list of (token ids, response start) with one and the same prompt.
+
+    A pack is one row, prompt | response 1 | response 2 | …, in which a response sees the prompt and itself: the prompt
+    is computed once for the group, forward and backward, and the gradient is that of the separate rows.
+    Returns (B, T_response) like token_logprobs, the B responses in the order of the packs.
+    """
+    width = max(pack[0][1] + sum(len(ids) - start for ids, start in pack) for pack in packs)
+    ids_BT = torch.zeros(len(packs), width, dtype=torch.long)
+    segment_BT = torch.full((len(packs), width), -1)  # 0 the prompt, 1, 2, … its responses, -1 padding
+    position_BT = torch.zeros(len(packs), width, dtype=torch.long)
+    index = []  # per response token: pack, column that predicts it, response number, place in the response
+    targets, response = [], 0
+    for b, pack in enumerate(packs):
+        start = column = pack[0][1]
+        ids_BT[b, :start] = torch.tensor(pack[0][0][:start])
+        segment_BT[b, :start] = 0
+        position_BT[b, :start] = torch.arange(start)
+        for segment, (ids, _) in enumerate(pack, 1):
+            own = slice(column, column + len(ids) - start)
+            ids_BT[b, own] = torch.tensor(ids[start:])
+            segment_BT[b, own] = segment
+            position_BT[b, own] = torch.arange(start, len(ids))
+            index += [(b, start - 1 if t == 0 else column + t - 1, response, t) for t in range(len(ids) - start)]
+            targets += ids[start:]
+            column, response = own.stop, response + 1
+    where = next(model.parameters()).device
+    query_BT1, key_B1T = segment_BT[:, :, None], segment_BT[:, None, :]
+    visible_BTT = ((key_B1T == 0) | (key_B1T == query_BT1)) & torch.ones(width, width, dtype=torch.bool).tril()
+    hidden_BTD = model.get_decoder()(
+        input_ids=ids_BT.to(where),
+        attention_mask=visible_BTT[:, None].to(where),  # padding sees only padding, and nothing looks at it
+        position_ids=position_BT.to(where),
+        use_cache=False,
+    ).last_hidden_state
+    pack_N, source_N, response_N, place_N = torch.tensor(index, device=where).unbind(1)
+    targets_N = torch.tensor(targets, device=where)
+    logp_N = _head_logprobs(model, hidden_BTD[pack_N, source_N], targets_N, temperature, chunk)
+    logp_BR = torch.zeros(response, int(place_N.max()) + 1, dtype=logp_N.dtype, device=where)
+    return logp_BR.index_put((response_N, place_N), logp_N)
 
 
 def pad_right(rows: list[list[int]], value: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -387,14 +433,18 @@ def pad_right(rows: list[list[int]], value: int = 0) -> tuple[torch.Tensor, torc
     return ids_BT.to(device()), mask_BT.long().to(device())
 
 
-def row_logprobs(model, rows: list[tuple[list[int], int]], dtype=torch.float32, temperature: float = 1.0):
-    """(logp_BR, mask_BR) of rows (token ids, response start); R is the longest response, mask_BR its real tokens."""
-    ids_BT, mask_BT = pad_right([ids for ids, _ in rows])
-    start_B = torch.tensor([start for _, start in rows], device=ids_BT.device)
+def row_logprobs(model, packs, dtype=torch.float32, temperature: float = 1.0):
+    """(logp_BR, mask_BR) of packs of rows (token ids, response start); R the longest response."""
+    rows = [row for pack in packs for row in pack]
     with autocast(dtype):
-        logp_BR = token_logprobs(model, ids_BT, mask_BT, start_B, temperature=temperature)
-    mask_BR = torch.arange(logp_BR.shape[1], device=ids_BT.device) < (mask_BT.sum(1) - start_B)[:, None]
-    return logp_BR, mask_BR
+        if len(rows) > len(packs):
+            logp_BR = packed_logprobs(model, packs, temperature=temperature)
+        else:
+            ids_BT, mask_BT = pad_right([ids for ids, _ in rows])
+            start_B = torch.tensor([start for _, start in rows], device=ids_BT.device)
+            logp_BR = token_logprobs(model, ids_BT, mask_BT, start_B, temperature=temperature)
+    lengths_B = torch.tensor([len(ids) - start for ids, start in rows], device=logp_BR.device)
+    return logp_BR, torch.arange(logp_BR.shape[1], device=logp_BR.device) < lengths_B[:, None]
 
 
 def encode_expert(tokenizer, record: dict, family: str = "cold") -> tuple[list[int], int]:
@@ -407,6 +457,26 @@ def encode_expert(tokenizer, record: dict, family: str = "cold") -> tuple[list[i
     answer = answer[len(prompt.prefill) :] if answer.startswith(prompt.prefill) else answer.removeprefix("<think>")
     answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
     return [*prompt.ids, *answer_ids, tokenizer.eos_token_id], len(prompt.ids)
+
+
+def micro_batches(rows, budget: int) -> list[list[list]]:
+    """Cut rows (objects with .ids and .start) into micro-batches of packs of rows that share a prompt.
+
+    Packs are sorted by length; packs × longest pack stays within `budget` tokens (one row at least). A pack is at most
+    half a budget long: attention costs its square, so long responses are better off alone.
+    """
+    packs: list[list] = []
+    lengths: list[int] = []
+    for row in sorted(rows, key=lambda row: (row.ids[: row.start], len(row.ids))):
+        response = len(row.ids) - row.start
+        same = packs and packs[-1][0].ids[: packs[-1][0].start] == row.ids[: row.start]
+        if same and lengths[-1] + response <= budget // 2:
+            packs[-1].append(row)
+            lengths[-1] += response
+        else:
+            packs.append([row])
+            lengths.append(len(row.ids))
+    return [[packs[i] for i in batch] for batch in token_batches(lengths, budget)]
 
 
 def token_batches(lengths: list[int], budget: int) -> list[list[int]]:

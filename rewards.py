@@ -14,6 +14,7 @@ Nothing in a text or a record is ever executed or unpickled, and every checker t
 
 from __future__ import annotations
 
+import html
 import json
 import random
 import re
@@ -505,18 +506,18 @@ def _has_postscript(t: Text, marker: str) -> bool:
 def _section_numbers(t: Text, splitter: str) -> int:
     """Different numbers of lines that open with "Section 1" or 第1部分, Markdown marks allowed before them."""
     name, number = re.escape(splitter.strip()), r"(\d{1,6}|[一二三四五六七八九十]{1,3})"
-    found = re.findall(rf"(?im)^[ \t#*_>]*(?:{name}[^\S\n]?{number}|第[^\S\n]?{number}[^\S\n]?{name})", t.s)
+    found = re.findall(rf"(?im)^[ \t#*_>\"“]*(?:{name}[^\S\n]?{number}|第[^\S\n]?{number}[^\S\n]?{name})", t.s)
     return len({a or b for a, b in found})
 
 
-ANSWERS = re.compile(r"(?i)\bmy answer is (yes|no|maybe)\.|我的回答是[：:]?[“\"]?(是|否|不确定)[”\"]?。")
+ANSWERS = re.compile(r"\bMy answer is (yes|no|maybe)\.|我的回答是[：:]?[“\"]?(是|否|不确定)[”\"]?。")
 EMPHASIS = re.compile(r"(?<![*\\])(\*{1,3})(?![\s*])([^*\n]+)(?<!\s)\1(?!\*)")
 QUOTES = {'"': '"', "“": "”", "「": "」", "『": "』", "«": "»"}
 
 
 def _is_quoted(s: str) -> bool:
     s = s.strip().strip("*_")
-    return len(s) > 2 and QUOTES.get(s[0]) == s[-1] and s[0] not in s[1:-1] and s[-1] not in s[1:-1]
+    return len(s) > 2 and QUOTES.get(s[0]) == s[-1]
 
 
 def _is_english(t: Text) -> bool:
@@ -559,28 +560,183 @@ UNICODE: dict[str, Callable[[Text, dict], bool]] = COMPAT | {
         _capital_words(t), k["capital_relation"], k["capital_frequency"]),
     "punctuation:no_comma": lambda t, k: not re.search("[,，﹐،]", t.s),
 }
-CHECKS = UNICODE  # every known id; the kinds of our own have one form for both modes
+# Kinds of our own: scope x measure x relation x value, one form for both modes.
 
-# Arguments of each kind: name:type.
-ARGUMENTS = {
-    "keywords:existence": "keywords:words",
-    "keywords:frequency": "keyword:text frequency:count relation:relation",
-    "keywords:forbidden_words": "forbidden_words:words",
-    "keywords:letter_frequency": "letter:letter let_frequency:count let_relation:relation",
-    "language:response_language": "language:text",
-    "length_constraints:number_sentences": "num_sentences:count relation:relation",
-    "length_constraints:number_paragraphs": "num_paragraphs:count",
-    "length_constraints:number_words": "num_words:count relation:relation",
-    "length_constraints:nth_paragraph_first_word": "num_paragraphs:count nth_paragraph:count first_word:text",
-    "detectable_content:number_placeholders": "num_placeholders:count",
-    "detectable_content:postscript": "postscript_marker:text",
-    "detectable_format:number_bullet_lists": "num_bullets:count",
-    "detectable_format:number_highlighted_sections": "num_highlights:count",
-    "detectable_format:multiple_sections": "section_spliter:text num_sections:count",
-    "combination:repeat_prompt": "prompt_to_repeat:text",
-    "startend:end_checker": "end_phrase:text",
-    "change_case:capital_word_frequency": "capital_frequency:count capital_relation:relation",
+def _gap(t: Text, first: str, second: str) -> int | None:
+    """Fewest words between an occurrence of one and of the other; None unless both occur."""
+    spans = sorted((m.start(), m.end(), w) for w in (first, second) for m in _keyword(w).finditer(t.s))
+    gaps = [len(text_of(t.s[a[1]: b[0]]).words) for a, b in zip(spans, spans[1:], strict=False) if a[2] != b[2]]
+    return min(gaps, default=None)
+
+
+def _first_at(t: Text, word: str) -> int:
+    found = _keyword(word).search(t.s)
+    return found.start() if found else -1
+
+
+def _unfenced(s: str) -> str:
+    """The inside of an answer that is one code block, else the answer."""
+    s = s.strip()
+    return s.partition("\n")[2][:-3] if s.startswith("```") and s.endswith("```") and "\n" in s else s
+
+
+def _is_xml(s: str) -> bool:
+    """Well-formed, without a document type: no entities, so nothing to expand. No tree is built, so depth costs nothing."""
+    from xml.parsers import expat
+
+    if "<!" in s.replace("<!--", "").replace("<![CDATA[", ""):
+        return False
+    try:
+        expat.ParserCreate().Parse(_unfenced(s).strip(), True)
+    except (expat.ExpatError, ValueError):  # ValueError: lone surrogates cannot be encoded
+        return False
+    return True
+
+
+def _closed(tokens) -> bool:
+    """(name, opens) tokens that nest properly, at least one of them."""
+    stack, some = [], False
+    for name, opens in tokens:
+        some = True
+        if opens:
+            stack.append(name)
+        elif not stack or stack.pop() != name:
+            return False
+    return some and not stack
+
+
+VOID_TAGS = frozenset("area base br col embed hr img input link meta source track wbr".split())
+
+
+def _html_balanced(s: str) -> bool:
+    tags = [(name.lower(), slash == "") for slash, name, attributes in re.findall(r"<(/?)([A-Za-z][\w-]*)([^<>]*)>", s)
+            if name.lower() not in VOID_TAGS and not attributes.endswith("/")]
+    return _closed(tags)
+
+
+def _latex_balanced(s: str) -> bool:
+    found = re.findall(r"\\(begin|end)\{(\w+\*?)\}|\\(?:(left|right)(?![a-zA-Z])|[a-zA-Z]+|[^a-zA-Z])|([{}])|(\$\$?)", s)
+    dollars = [mark for *_, mark in found if mark]
+    tokens = [(env or "left" if side or env else "{", (mark or side or brace) in ("begin", "left", "{"))
+              for mark, env, side, brace, dollar in found if mark or side or brace]
+    return len(found) > 0 and all(a == b for a, b in zip(dollars[::2], dollars[1::2], strict=False)) and (
+        len(dollars) % 2 == 0) and (not tokens or _closed(tokens))
+
+
+def _table_shape(t: Text) -> tuple[int, int] | None:
+    """(columns, body rows) of the first Markdown table, None without one or with ragged rows."""
+    cells = [len(line.strip().strip("|").replace("\\|", "").split("|")) if "|" in line else 0 for line in t.prose_lines]
+    for i in range(1, len(cells)):
+        if cells[i] and cells[i] == cells[i - 1] and re.fullmatch(r"[\s|:-]*--[\s|:-]*", t.prose_lines[i]):
+            end = next((j for j in range(i + 1, len(cells)) if not cells[j]), len(cells))
+            return (cells[i], end - i - 1) if set(cells[i + 1: end]) <= {cells[i]} else None
+    return None
+
+
+def _csv_shape(s: str) -> tuple[int, int] | None:
+    import csv
+
+    try:
+        rows = [row for row in csv.reader(_unfenced(s).strip().splitlines(), strict=True) if row]
+    except csv.Error:
+        return None
+    return (len(rows[0]), len(rows)) if rows and len({len(row) for row in rows}) == 1 else None
+
+
+def _items(t: Text) -> list[str]:
+    return t.bullets or [line[m.end():] for line in t.prose_lines if (m := NUMBERED.match(line))]
+
+
+def _valid_dates(s: str) -> int:
+    from datetime import date
+
+    count = 0
+    for y, m, d in re.findall(r"(?<![\w-])(\d{4})-(\d\d)-(\d\d)(?![\w-])", s, re.ASCII):
+        try:
+            count += bool(date(int(y), int(m), int(d)))
+        except ValueError:
+            pass  # 30 February
+    return count
+
+
+def _initials(t: Text) -> list[str]:
+    return [found[0][0].casefold() for line in t.lines if (found := WORD.findall(CJK.sub(r" \g<0> ", line)))]
+
+
+def _starts(t: Text) -> list[str]:
+    return [text_of(sentence).words[0].casefold() for sentence in t.sentences]
+
+
+def _asks(sentence: str) -> bool:
+    return sentence.rstrip(EDGE_MARKS + ")）").endswith(("?", "？"))
+
+
+def _json_keys(s: str) -> set | None:
+    loaded = _loads(_unfenced(s), strict=True)
+    return set(loaded[0]) if loaded and isinstance(loaded[0], dict) else None
+
+
+# measure per answer, compared with k["number"] by k["relation"]
+COUNTS: dict[str, Callable[[Text], int]] = {
+    "length:characters": lambda t: len("".join(t.s.split())),
+    "length:chinese_characters": lambda t: len(re.findall(f"[{HAN}]", t.s)),
+    "length:lines": lambda t: len(t.lines),
+    "length:paragraphs": lambda t: len(t.paragraphs),
+    "length:unique_words": lambda t: len({w.casefold() for w in t.words}),
+    "content:numbers": lambda t: len(re.findall(r"\d+(?:[.,]\d+)*", t.s)),
+    "content:iso_dates": lambda t: _valid_dates(t.s),
+    "content:questions": lambda t: sum(map(_asks, t.sentences)),
+    "format:numbered_list": lambda t: len(n) if (n := [
+        int(m[1]) for line in t.prose_lines if (m := NUMBERED.match(line))]) == [*range(1, len(n) + 1)] else -1,
+    "format:checklist": lambda t: len(re.findall(r"(?m)^[ \t]*[-*+] \[[ xX]\] +\S", "\n".join(t.prose_lines))),
 }
+# parts of the answer, none of which may have more than k["most"] words (sentences, for paragraphs)
+EACH: dict[str, Callable[[Text], list[int]]] = {
+    "length:words_per_sentence": lambda t: [len(text_of(s).words) for s in t.sentences],
+    "length:words_per_paragraph": lambda t: [len(text_of(p).words) for p in t.paragraphs],
+    "length:words_per_item": lambda t: [len(text_of(i).words) for i in _items(t)],
+    "length:sentences_per_paragraph": lambda t: [len(text_of(p).sentences) for p in t.paragraphs],
+}
+OWN: dict[str, Callable[[Text, dict], bool]] = {
+    **{i: lambda t, k, f=f: (n := f(t)) >= 0 and _relation(n, k["relation"], k["number"]) for i, f in COUNTS.items()},
+    **{i: lambda t, k, f=f: 0 < max(f(t), default=0) <= k["most"] for i, f in EACH.items()},
+    "keywords:order": lambda t, k: 0 <= _first_at(t, k["first"]) < _first_at(t, k["second"]),
+    "keywords:proximity": lambda t, k: (gap := _gap(t, k["first"], k["second"])) is not None and gap <= k["distance"],
+    "keywords:in_sentence": lambda t, k: 0 < k["nth"] <= len(t.sentences) and bool(
+        _count(text_of(t.sentences[k["nth"] - 1]), k["keyword"])),
+    "keywords:any_of": lambda t, k: any(_count(t, w) for w in k["keywords"]),
+    "keywords:first_word": lambda t, k: _opens_with(t.s, k["word"]),
+    "keywords:last_word": lambda t, k: re.search(
+        _keyword(k["word"]).pattern + r"\W*\Z", t.s[-len(k["word"]) - 200:], re.IGNORECASE) is not None,
+    "keywords:forbidden_letter": lambda t, k: k["letter"].casefold() not in t.s.casefold(),
+    "content:no_digits": lambda t, k: not re.search(r"\d", t.s),
+    "content:questions_only": lambda t, k: len(t.sentences) > 0 and all(map(_asks, t.sentences)),
+    "content:no_questions": lambda t, k: not re.search("[?？]", t.s),
+    "content:unique_sentence_starts": lambda t, k: len(t.sentences) == len(set(_starts(t))) > 1,
+    "content:acrostic": lambda t, k: _initials(t) == [c.casefold() for c in k["word"] if not c.isspace()],
+    "punctuation:no_exclamation": lambda t, k: not re.search("[!！]", t.s),
+    "punctuation:width": lambda t, k: bool(re.search("[，。！？；：]", t.s)) == (k["style"] == "full") and not (
+        k["style"] == "full" and re.search(f"(?<=[{HAN}{KANA}])[,.!?;:]", t.s)),
+    "format:headings": lambda t, k: sum(
+        len(m[1]) == k["level"] for line in t.prose_lines if (m := HEADING.match(line))) == k["number"],
+    "format:table": lambda t, k: _table_shape(t) == (k["columns"], k["rows"]),
+    "format:code_block": lambda t, k: any(
+        line.strip()[3:].strip().casefold() == k["tag"].casefold() for line in t.lines if FENCE.match(line)) and (
+        sum(bool(FENCE.match(line)) for line in t.lines) % 2 == 0),
+    "format:json_keys": lambda t, k: _json_keys(t.s) == set(k["keys"]),
+    "format:xml": lambda t, k: _is_xml(t.s),
+    "format:html_balanced": lambda t, k: _html_balanced(t.s),
+    "format:latex_balanced": lambda t, k: _latex_balanced(t.s),
+    "format:csv": lambda t, k: (shape := _csv_shape(t.s)) is not None and shape[0] == k["columns"] and shape[1] > 1,
+    "format:key_values": lambda t, k: [m[1].strip().casefold() for line in t.lines if (
+        m := re.match(r"[ \t*_-]*([^:：\n]{1,80}?)[ \t*_]*[:：]", line))] == [w.strip().casefold() for w in k["keys"]],
+    "format:sorted_items": lambda t, k: len(_items(t)) > 1 and (
+        found := [i.strip(EDGE_MARKS).casefold() for i in _items(t)]) == sorted(found),
+    "language:paragraphs": lambda t, k: len(t.paragraphs) == len(k["languages"]) and all(
+        _speaks(text_of(p), code) for p, code in zip(t.paragraphs, k["languages"], strict=True)),
+}
+CHECKS = UNICODE | OWN
+
 TYPES: dict[str, tuple[str, Callable]] = {
     "count": ("a whole number from 0", lambda v: type(v) in (int, float) and v >= 0 and v == v // 1),
     "text": ("a text", lambda v: isinstance(v, str) and v.strip() != ""),
@@ -588,7 +744,16 @@ TYPES: dict[str, tuple[str, Callable]] = {
     "words": ("a list of words", lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(
         isinstance(w, str) and w.strip() for w in v)),
     "relation": ('"at least" or "less than"', lambda v: v in ("at least", "less than")),
+    "limit": ("a relation", lambda v: v in ("at least", "less than", "at most", "exactly")),
+    "style": ('"full" or "half"', lambda v: v in ("full", "half")),
 }
+
+
+@lru_cache(maxsize=1)
+def _rows() -> dict[str, dict]:
+    """data/constraints.jsonl by id: arguments (name:type), repair order, what it excludes, wordings, plans, example."""
+    lines = (DATA / "constraints.jsonl").read_text(encoding="utf-8").splitlines()
+    return {row["id"]: row for row in map(json.loads, lines)}
 
 
 def _arguments(constraint_id, kwargs) -> dict:
@@ -598,7 +763,7 @@ def _arguments(constraint_id, kwargs) -> dict:
     if not isinstance(kwargs, dict | None):
         raise ValueError(f"{constraint_id}: kwargs are not an object")
     given = {name: value for name, value in (kwargs or {}).items() if value is not None}
-    wanted = dict(part.split(":") for part in ARGUMENTS.get(constraint_id, "").split())
+    wanted = dict(part.split(":") for part in _rows()[constraint_id]["arguments"].split())
     for name, kind in wanted.items():
         expected, accepts = TYPES[kind]
         if name not in given:
@@ -745,7 +910,7 @@ def _key_spans(s: str) -> list[str]:
 def _title(s: str) -> str:
     first = (text_of(s).sentences or [s])[0]
     if _is_zh(s):
-        return re.split(r"[，。！？；：,.!?;:\s]", first)[0][:10]
+        return next((c for c in re.split(r"[，。！？；：,.!?;:\s]|是|可以|需要|有|能", first) if c), first)[:10]
     words = [w for w, _ in _content_words(s).most_common(2)] or WORD.findall(first)[:3]
     return " and ".join(w.capitalize() for w in words[:2])
 
@@ -797,6 +962,7 @@ def _repair_first_word(s, k, rng):
         if i != k["nth_paragraph"] or _opens_with(part, word):
             return part
         if starter:
+            part = re.sub(r"^(?:(?:First|Next|Then|Finally|Also|However|Besides|Overall),? |(?:首先|其次|然后|最后|另外)，)", "", part)
             return f"{word}，{part}" if zh else f"{word.capitalize()}, {_lower_first(part)}"
         return f"{word}：{part}" if zh else f"{word[0].upper() + word[1:]}: {part}"
 
@@ -856,6 +1022,7 @@ def _repair_commas(s, k, rng):
         return re.sub("[,，]", "。", re.sub(r"(?<=\d)[,，](?=\d)", "", s))
     s = re.sub(r"(?<=\d),(?=\d{3})", "", s)
     s = re.sub(r"(\w+), (\w+),? (and|or) ", r"\1 \3 \2 \3 ", s)  # a, b, and c -> a and b and c
+    s = re.sub(r"(?<![^.!?\n]\s)(?<!\S)((?:\w+ ){0,2}\w+),(?= )", r"\1", s)  # First, boil -> First boil
     s = re.sub(r",(?= (?:and|or|but|so|which|who|where|while|because|such|including|like|as|then|you|it|we|they|he|she)\b)", "", s)
     return re.sub(r",(?=\S)", ", ", s).replace(", ", " – ").replace(",", "")
 
@@ -991,40 +1158,222 @@ SAMPLERS: dict[str, Callable] = {
     "punctuation:no_comma": lambda rng, t, prompt: {} if re.search("[,，]", t.s) else None,
 }
 
-# The order in which repairs are applied: words first, then lengths, structure, marks, edges, case, and what wraps the whole.
-ORDER = {
-    10: "existence frequency forbidden_words letter_frequency response_language",
-    20: "number_sentences number_words",
-    30: "number_paragraphs nth_paragraph_first_word number_bullet_lists multiple_sections",
-    40: "number_placeholders number_highlighted_sections",
-    50: "constrained_response two_responses title end_checker postscript",
-    60: "capital_word_frequency no_comma english_capital english_lowercase",
-    70: "quotation json_format repeat_prompt",
+def _one_per_line(s: str) -> str:
+    return "\n".join(" ".join(x.split()) for x in text_of(s).sentences)
+
+
+def _table(s, k, rng):
+    zh, groups = _is_zh(s), _groups(text_of(s).sentences, max(1, k["rows"]))
+    if not all(groups) or k["columns"] < 1:
+        return None
+    names = (["内容", "序号"] if zh else ["Point", "No."]) + [f"{'备注' if zh else 'Note'} {i}" for i in range(1, k["columns"] - 1)]
+    names = names[:k["columns"]]
+    names[:2] = names[1::-1]
+    cells = lambda i, part: [str(i), part, *["–"] * (k["columns"] - 2)][-k["columns"]:]  # noqa: E731
+    rows = [names, ["---"] * k["columns"], *(cells(i, _glue(g).replace("|", "/")) for i, g in enumerate(groups, 1))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _csv(s, k, rng):
+    import csv
+    import io
+
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    writer.writerow([f"column{i}" for i in range(1, k["columns"])] + ["text"])
+    for i, sentence in enumerate(text_of(s).sentences, 1):
+        writer.writerow([*range(i, i + k["columns"] - 1), " ".join(sentence.split())])
+    return out.getvalue().strip()
+
+
+def _repair_each(constraint_id):
+    """Cut a paragraph in two where it is too long; a sentence or an item that is too long goes."""
+    size = EACH[constraint_id]
+
+    def repair(s, k, rng):
+        if constraint_id.endswith("per_paragraph"):
+            n = next((n for n in range(2, len(text_of(s).sentences) + 1) if max(
+                size(text_of(_regroup(s, n, lambda i, part: part, "\n\n")))) <= k["most"]), 0)
+            return _regroup(s, n, lambda i, part: part, "\n\n")
+        if constraint_id.endswith("per_item") and not _items(text_of(s)):
+            s = "\n".join(f"* {' '.join(x.split())}" for x in text_of(s).sentences)
+        return _shrink(s, lambda x: max(size(text_of(x)), default=0) <= k["most"],
+                       lambda sentence: len(text_of(sentence).words) > k["most"])
+
+    return repair
+
+
+def _repair_in_sentence(s, k, rng):
+    sentences = text_of(s).sentences
+    if k["nth"] > len(sentences):
+        return _append(s, _mention(s, k["keyword"], rng)) if k["nth"] == len(sentences) + 1 else None
+    sentence = sentences[k["nth"] - 1]
+    return s.replace(sentence, _glue([_mention(s, k["keyword"], rng), sentence]), 1)
+
+
+def _repair_starts(s, k, rng):
+    """A different small word before every sentence whose beginning was there already."""
+    seen, adverbs, zh = set(), [w for group in _bank(s)["starters"] for w in group], _is_zh(s)
+    for sentence in text_of(s).sentences:
+        start = _starts(text_of(sentence))[0]
+        if start in seen:
+            adverb = next((w for w in adverbs if text_of(w).words[0].casefold() not in seen), None)
+            if adverb is None:
+                return None
+            start = text_of(adverb).words[0].casefold()
+            new = f"{adverb}，{sentence}" if zh else f"{adverb.capitalize()}, {_lower_first(sentence)}"
+            head, _, tail = s.rpartition(sentence)
+            s = head + new + tail
+        seen.add(start)
+    return s
+
+
+def _repair_digits(s, k, rng):
+    names = ["零一二三四五六七八九十", "zero one two three four five six seven eight nine ten".split()][not _is_zh(s)]
+    s = re.sub(r"(?<![\d.,:/-])(?:10|\d)(?![\d:/-]|[.,]\d)", lambda m: names[int(m[0])], s)
+    return _shrink(s, lambda x: not re.search(r"\d", x), lambda sentence: re.search(r"\d", sentence))
+
+
+def _question(s: str) -> str:
+    if _asks(s):
+        return s
+    body = s.rstrip(".!。！ ")
+    return f"你知道{body}吗？" if _is_zh(s) else f"Did you know that {_lower_first(body)}?"
+
+
+def _repair_width(s, k, rng):
+    full, half = "，。！？；：", [", ", ". ", "! ", "? ", "; ", ": "]
+    if k["style"] == "half":
+        return re.sub("[，。！？；：]", lambda m: half[full.index(m[0])], s).replace(" \n", "\n").rstrip()
+    return re.sub(f"(?<=[{HAN}{KANA}])[,.!?;:] ?", lambda m: full[",.!?;:".index(m[0][0])], s)
+
+
+def _append_each(key: str):
+    """Append numbered sentences of the bank (numbers, dates, questions) up to the bound; drop such sentences to get below."""
+    def repair(constraint_id):
+        def edit(s, k, rng):
+            enough = lambda x: _complies(constraint_id, k, x)  # noqa: E731
+            if k["relation"] in ("at least", "exactly"):
+                return _grow(s, enough, rng, _bank(s)[key])
+            return _shrink(s, enough, lambda sentence: COUNTS[constraint_id](text_of(sentence)))
+
+        return edit
+
+    return repair
+
+
+REPAIRS |= {
+    **{i: _grow_or_shrink(i, "relation") for i in ("length:characters", "length:chinese_characters", "length:unique_words")},
+    **{i: _repair_each(i) for i in EACH},
+    **{f"content:{key}": _append_each(key)(f"content:{key}") for key in ("numbers", "iso_dates", "questions")},
+    "length:lines": lambda s, k, rng: (
+        _one_per_line(s) if k["relation"] == "at least" else _regroup(s, 1, lambda i, part: part, "\n")),
+    "length:paragraphs": lambda s, k, rng: _regroup(
+        s, k["number"] - (k["relation"] == "less than"), lambda i, part: part, "\n\n"),
+    "format:numbered_list": lambda s, k, rng: _regroup(s, k["number"], lambda i, part: f"{i}. {part}", "\n"),
+    "format:checklist": lambda s, k, rng: _regroup(s, k["number"], lambda i, part: f"- [ ] {part}", "\n"),
+    "keywords:order": lambda s, k, rng: _append(_append(s, _mention(s, k["first"], rng)), _mention(s, k["second"], rng)),
+    "keywords:proximity": lambda s, k, rng: _append(s, rng.choice(_bank(s)["pair"]).format(a=k["first"], b=k["second"])),
+    "keywords:in_sentence": _repair_in_sentence,
+    "keywords:any_of": lambda s, k, rng: _append(s, _mention(s, rng.choice(k["keywords"]), rng)),
+    "keywords:first_word": lambda s, k, rng: _repair_first_word(
+        s, {"num_paragraphs": 1, "nth_paragraph": 1, "first_word": k["word"]}, rng),
+    "keywords:last_word": lambda s, k, rng: _append(s, rng.choice(_bank(s)["closing"]).format(w=k["word"])),
+    "keywords:forbidden_letter": lambda s, k, rng: _shrink(
+        s, lambda x: k["letter"].casefold() not in x.casefold(), lambda x: k["letter"].casefold() in x.casefold()),
+    "content:no_digits": _repair_digits,
+    "content:questions_only": lambda s, k, rng: _glue([_question(x) for x in text_of(s).sentences]),
+    "content:no_questions": lambda s, k, rng: _shrink(s, lambda x: not re.search("[?？]", x), lambda x: re.search("[?？]", x)),
+    "content:unique_sentence_starts": _repair_starts,
+    "content:acrostic": lambda s, k, rng: _one_per_line(s),
+    "punctuation:no_exclamation": lambda s, k, rng: re.sub("！+", "。", re.sub("!+", ".", s)),
+    "punctuation:width": _repair_width,
+    "format:headings": lambda s, k, rng: _regroup(
+        s, k["number"], lambda i, part: f"{'#' * k['level']} {_title(part)}\n\n{part}", "\n\n"),
+    "format:table": _table,
+    "format:code_block": lambda s, k, rng: f"```{k['tag']}\n{s.strip()}\n```",
+    "format:json_keys": lambda s, k, rng: json.dumps(
+        {key: s if i == len(k["keys"]) - 1 else _title(s) for i, key in enumerate(k["keys"])}, ensure_ascii=False),
+    "format:xml": lambda s, k, rng: f"<response>\n{html.escape(s, quote=False)}\n</response>",
+    "format:html_balanced": lambda s, k, rng: "\n".join(
+        f"<p>{html.escape(p, quote=False)}</p>" for p in text_of(s).paragraphs),
+    "format:latex_balanced": lambda s, k, rng: (
+        "\\begin{quote}\n" + re.sub(r"[\\{}$%&#_^~]", "", s) + "\n\\end{quote}"),
+    "format:csv": _csv,
+    "format:key_values": lambda s, k, rng: "\n".join(
+        f"{key}: {_glue([x.replace(':', ' –').replace('：', '，') for x in text_of(s).sentences]) if i == len(k['keys']) - 1 else _title(s)}"
+        for i, key in enumerate(k["keys"])),
+    "format:sorted_items": lambda s, k, rng: "\n".join(f"* {i}" for i in sorted(
+        _items(text_of(s)), key=lambda i: i.strip(EDGE_MARKS).casefold())),
+    "language:paragraphs": lambda s, k, rng: f"{_regroup(s, 1, lambda i, part: part, '')}\n\n" + rng.choice(
+        _phrases()["zh" if k["languages"][-1].startswith("zh") else "en"]["other"]),
 }
-# Kinds of one line exclude each other: they claim the same place or the same property of the answer.
-CONFLICTS = (
-    "number_paragraphs nth_paragraph_first_word number_bullet_lists multiple_sections two_responses json_format constrained_response",
-    "title quotation json_format repeat_prompt constrained_response",
-    "postscript end_checker quotation json_format two_responses",
-    "english_capital english_lowercase capital_word_frequency",
-    "english_capital english_lowercase response_language",
-    "english_capital english_lowercase json_format",
-    "english_capital english_lowercase constrained_response",
-    "english_capital english_lowercase multiple_sections",
-    "two_responses repeat_prompt",
-    "two_responses number_sentences",
-    "two_responses number_words",
-    "json_format number_highlighted_sections",
-    "json_format no_comma",
-    "repeat_prompt no_comma",
-    "repeat_prompt forbidden_words",
-    "repeat_prompt english_capital",
-    "repeat_prompt english_lowercase",
-    "repeat_prompt nth_paragraph_first_word",
-    "repeat_prompt number_paragraphs",
-    "repeat_prompt number_bullet_lists",
-    "quotation title",
-)
+
+
+def _near_most(i: str):
+    def sample(rng, t, prompt):
+        sizes = sorted(EACH[i](t) or ([] if len(t.sentences) < 2 else EACH["length:words_per_sentence"](t)))
+        return {"most": rng.randint((sizes[-2] if len(sizes) > 1 else sizes[-1] // 2), sizes[-1] - 1)} if (
+            sizes and sizes[-1] > max(sizes[-2:-1], default=1)) else None
+
+    return sample
+
+
+def _new_words(t: Text) -> list[str]:
+    return [w for w in _bank(t.s)["words"] if not _count(t, w)]
+
+
+def _sample_forbidden_letter(rng, t, prompt):
+    found = [c for c in "abcdefghiklmnoprstuvwy" if sum(c in x.lower() for x in t.sentences) == 1 and len(t.sentences) > 2]
+    return {"letter": rng.choice(found)} if found and not _is_zh(t.s) else None
+
+
+SAMPLERS |= {
+    **{i: lambda rng, t, prompt, f=f, n=n: _near(rng, f(t), n if len(t.sentences) > 1 else 0, 2 * n, "relation", "number")
+       for i, f, n in (("length:characters", COUNTS["length:characters"], 10),
+                       ("length:unique_words", COUNTS["length:unique_words"], 4))},
+    **{i: _near_most(i) for i in EACH},
+    **{f"content:{key}": lambda rng, t, prompt, f=COUNTS[f"content:{key}"]: {
+        "number": f(t) + rng.randint(1, 2), "relation": "at least"} for key in ("numbers", "iso_dates", "questions")},
+    "length:chinese_characters": lambda rng, t, prompt: _near(
+        rng, COUNTS["length:chinese_characters"](t), 5, 12, "relation", "number") if _is_zh(t.s) else None,
+    "length:lines": lambda rng, t, prompt: {"number": rng.randint(2, n), "relation": "at least"} if (
+        n := len(t.sentences)) > 1 else None,
+    "length:paragraphs": lambda rng, t, prompt: {
+        "number": rng.randint(2, min(4, n)), "relation": rng.choice(["exactly", "at least"])} if (
+        n := len(t.sentences)) > 1 else None,
+    **{i: lambda rng, t, prompt: {"number": rng.randint(2, min(5, n)), "relation": "exactly"} if (
+        n := len(t.sentences)) > 1 else None for i in ("format:numbered_list", "format:checklist")},
+    "keywords:order": lambda rng, t, prompt: dict(zip(("first", "second"), rng.sample(_new_words(t), 2), strict=True)),
+    "keywords:proximity": lambda rng, t, prompt: dict(zip(
+        ("first", "second"), rng.sample(_new_words(t), 2), strict=True)) | {"distance": rng.randint(2, 5)},
+    "keywords:in_sentence": lambda rng, t, prompt: {
+        "keyword": rng.choice(_new_words(t)), "nth": rng.randint(1, len(t.sentences) + 1)},
+    "keywords:any_of": lambda rng, t, prompt: {"keywords": rng.sample(_new_words(t), 3)},
+    "keywords:first_word": lambda rng, t, prompt: {"word": rng.choice(_bank(t.s)["starters"][0])},
+    "keywords:last_word": lambda rng, t, prompt: {"word": rng.choice(_new_words(t))},
+    "keywords:forbidden_letter": _sample_forbidden_letter,
+    "content:no_digits": lambda rng, t, prompt: {} if re.search(r"\d", t.s) else None,
+    "content:questions_only": lambda rng, t, prompt: {} if 0 < len(t.sentences) < 5 and all(_is_zh(x) or re.match(
+        r"(?:The|A|An|This|These|It|They|Many|Most|Some|People|There|You|We|He|She)\b", x) for x in t.sentences) else None,
+    "content:no_questions": lambda rng, t, prompt: {} if re.search("[?？]", t.s) and len(t.sentences) > 1 else None,
+    "content:unique_sentence_starts": lambda rng, t, prompt: {} if len(t.sentences) > 1 else None,
+    "content:acrostic": lambda rng, t, prompt: {"word": "".join(x[0] for x in _starts(t)).upper()} if (
+        1 < len(t.sentences) < 7) else None,
+    "punctuation:no_exclamation": lambda rng, t, prompt: {} if re.search("[!！]", t.s) else None,
+    "punctuation:width": lambda rng, t, prompt: {
+        "style": "half" if re.search("[，。！？；：]", t.s) else "full"} if CJK.search(t.s) else None,
+    "format:headings": lambda rng, t, prompt: {
+        "number": rng.randint(1, min(3, len(t.sentences))), "level": rng.randint(1, 3)},
+    "format:table": lambda rng, t, prompt: {"columns": 2, "rows": rng.randint(2, min(4, n))} if (
+        n := len(t.sentences)) > 1 else None,
+    "format:code_block": lambda rng, t, prompt: {"tag": rng.choice(["text", "markdown", "plain"])},
+    "format:json_keys": lambda rng, t, prompt: {"keys": rng.choice(_bank(t.s)["key_sets"])},
+    "format:csv": lambda rng, t, prompt: {"columns": 2},
+    "format:key_values": lambda rng, t, prompt: {"keys": rng.choice(_bank(t.s)["key_sets"])},
+    "format:sorted_items": lambda rng, t, prompt: {} if len(_items(t)) > 1 else None,
+    "language:paragraphs": lambda rng, t, prompt: {"languages": ["zh-cn", "en"] if _is_zh(t.s) else ["en", "zh-cn"]},
+}
 
 
 @dataclass(frozen=True)
@@ -1075,19 +1424,13 @@ def _checker(constraint_id: str) -> Callable[..., bool]:
 
 
 def _load_constraints() -> dict[str, Constraint]:
-    short = {constraint_id.split(":")[1]: constraint_id for constraint_id in CHECKS}
-    order = {short[name]: rank for rank, names in ORDER.items() for name in names.split()}
-    conflicts = {constraint_id: {constraint_id} for constraint_id in CHECKS}
-    for names in CONFLICTS:
-        group = {short[name] for name in names.split()}
-        for constraint_id in group:
-            conflicts[constraint_id] |= group
-    rows = map(json.loads, (DATA / "constraints.jsonl").read_text(encoding="utf-8").splitlines())
-    return {
-        (i := row["id"]): Constraint(i, _checker(i), _sampler(i), _repairer(i), frozenset(conflicts[i]), order[i],
-                                     row["wordings"], row["plans"], row["example"])
-        for row in rows
-    }
+    """Two kinds conflict if they share a tag (they claim the same place in the answer) or one avoids a tag or name of the other."""
+    rows = _rows()
+    tags = {i: {i.split(":")[1], *row["tags"]} for i, row in rows.items()}
+    conflicts = {i: frozenset(j for j in rows if tags[i] & tags[j] or tags[i] & set(rows[j]["avoids"])
+                              or tags[j] & set(rows[i]["avoids"])) for i in rows}
+    return {i: Constraint(i, _checker(i), _sampler(i), _repairer(i), conflicts[i], row["order"], row["wordings"],
+                          row["plans"], row["example"]) for i, row in rows.items()}
 
 
 CONSTRAINTS: dict[str, Constraint] = _load_constraints()
@@ -1104,7 +1447,7 @@ LANGUAGE_NAMES = {
     "ko": "Korean 韩语", "de": "German 德语", "fr": "French 法语", "es": "Spanish 西班牙语", "ru": "Russian 俄语",
     "it": "Italian 意大利语", "pt": "Portuguese 葡萄牙语", "ar": "Arabic 阿拉伯语", "hi": "Hindi 印地语",
 }
-RELATIONS_ZH = {"at least": "至少", "less than": "少于", "at most": "至多", "exactly": "正好"}
+VALUES_ZH = {"at least": "至少", "less than": "少于", "at most": "至多", "exactly": "正好", "full": "全角", "half": "半角"}
 
 
 def _join(items: list[str], zh: bool) -> str:
@@ -1116,16 +1459,17 @@ def _join(items: list[str], zh: bool) -> str:
 def _fill(templates: list[str], kwargs: dict, language: str, variant: int) -> str:
     zh, shown = language == "zh", {}
     for name, value in kwargs.items():
-        if isinstance(value, list | tuple):
+        if name in ("language", "languages"):
+            codes = [value] if name == "language" else value
+            value = _join([LANGUAGE_NAMES.get(code, f"{code} {code}").split()[zh] for code in codes], zh)
+        elif isinstance(value, list | tuple):
             value = _join([f"“{v}”" if zh else f'"{v}"' for v in value], zh)
-        elif name == "language":
-            value = LANGUAGE_NAMES.get(value, f"{value} {value}").split()[zh]
-        elif zh:
-            value = RELATIONS_ZH.get(value, value)
+        elif zh and isinstance(value, str):
+            value = VALUES_ZH.get(value, value)
         shown[name] = value
     text = templates[variant % len(templates)].format(**shown)
-    return re.sub(r"\b1 ((?:highlighted |bullet )?(?:word|sentence|paragraph|time|point|part|section|placeholder|phrase|letter|line|"
-                  r"heading|item|column|row|character|date)s)\b", lambda m: f"1 {m[1][:-1]}", text)
+    return re.sub(r"\b1 ((?:[a-zA-Z]+ )?(?:word|sentence|paragraph|time|point|part|section|placeholder|phrase|line|heading|item|"
+                  r"column|row|character|date|number|question|field|figure|boxe?)s)\b", lambda m: f"1 {m[1][:-1]}", text)
 
 
 def render(constraint_id: str, kwargs: dict, language: str, variant: int) -> str:

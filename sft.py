@@ -72,9 +72,9 @@ def load_examples(cfg: Config, tokenizer):
     return kept[n_val:], kept[:n_val]
 
 
-def loss_sum(policy, rows, cfg: Config, dtype) -> torch.Tensor:
+def loss_sum(policy, rows, dtype) -> torch.Tensor:
     """Summed negative log-likelihood of the response tokens of the rows."""
-    logp_BR, _ = m.row_logprobs(policy, rows, dtype)  # 0 beyond each row's end
+    logp_BR, _ = m.row_logprobs(policy, [[row] for row in rows], dtype)  # 0 beyond each row's end
     return -logp_BR.sum()
 
 
@@ -84,7 +84,7 @@ def validate(policy, rows, cfg: Config, dtype, rank: int, world: int) -> float:
     own = rows[rank::world]
     total = 0.0
     for batch in m.token_batches([len(ids) for ids, _ in own], cfg.micro_tokens):
-        total += loss_sum(policy, [own[i] for i in batch], cfg, dtype).item()
+        total += loss_sum(policy, [own[i] for i in batch], dtype).item()
     return m.sum_over_ranks(total) / sum(len(ids) - start for ids, start in rows)
 
 
@@ -127,7 +127,7 @@ def main():
         own = batch[rank::world]
         loss = 0.0
         for rows in m.token_batches([len(ids) for ids, _ in own], cfg.micro_tokens):
-            micro_loss = loss_sum(policy, [own[i] for i in rows], cfg, dtype) / tokens
+            micro_loss = loss_sum(policy, [own[i] for i in rows], dtype) / tokens
             micro_loss.backward()
             loss += micro_loss.item()
         m.sum_gradients(policy.parameters())

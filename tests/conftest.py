@@ -56,6 +56,17 @@ def build_model(vocab_size, *, hidden=64, layers=2, seed=0, tied=True):
     return LlamaForCausalLM(config).eval()
 
 
+def double(model):
+    """The model in float64 throughout. transformers' RMSNorm computes in float32 whatever the dtype: a difference of
+    1e-16 before it can come out as 1e-8, which would hide what the float64 comparisons are after."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = lambda x, norm=module: norm.weight * x * torch.rsqrt(
+                x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon
+            )
+    return model.double()
+
+
 COLOURS = ["red", "blue", "green", "white", "black", "brown", "grey", "pink"]
 
 

@@ -223,16 +223,18 @@ GRADIENT_SCRIPT = """
 import random, sys, torch
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import grpo, model as m
-from conftest import build_model
+from conftest import build_model, double
 
 def gradient(dtype, micro_tokens):
-    policy = build_model(64, seed=0).to(dtype)
-    reference = build_model(64, seed=1).to(dtype).requires_grad_(False)
+    policy, reference = build_model(64, seed=0), build_model(64, seed=1).requires_grad_(False)
+    if dtype == torch.float64:
+        policy, reference = double(policy), double(reference)
     rng = random.Random(0)
     rows = []  # the stored rollouts
-    for i in range(11):
-        ids = [rng.randrange(64) for _ in range(rng.randrange(6, 30))]
-        rows.append(grpo.Row(ids, rng.randrange(1, 5), rng.uniform(-2, 2)))
+    for i in range(12):
+        prompt = [i // 4, 7, 9, i // 4][: 2 + i // 4]
+        response = [rng.randrange(64) for _ in range(rng.randrange(3, 25))]
+        rows.append(grpo.Row(prompt + response, len(prompt), rng.uniform(-2, 2)))
     cfg = grpo.Config(kl_coef=0.1, micro_tokens=micro_tokens)
     grpo.store_old_logprobs(reference, rows[::2], cfg, dtype)
     # rows with and without stored log-probabilities come from different updates

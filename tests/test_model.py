@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from conftest import CHATML, build_model, run_stage
+from conftest import CHATML, build_model, double, run_stage
 
 import model as m
 from rewards import InputError
@@ -35,7 +35,7 @@ def naive_logprobs(model, ids, start, temperature=1.0):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_token_logprobs_equal_the_full_softmax(side, tied):
-    model = build_model(32, tied=tied).double()
+    model = double(build_model(32, tied=tied))
     logp_BR = m.token_logprobs(model, *padded(ROWS, side, extra=3, fill=1), temperature=0.7, chunk=2)
     assert logp_BR.shape == (3, 4)
     for (ids, start), logp_R in zip(ROWS, logp_BR, strict=True):
@@ -45,7 +45,7 @@ def test_token_logprobs_equal_the_full_softmax(side, tied):
 
 
 def test_token_logprobs_gradient_does_not_depend_on_chunk_or_padding():
-    model = build_model(32).double()
+    model = double(build_model(32))
 
     def gradient(side, extra, chunk):
         model.zero_grad()
@@ -65,6 +65,39 @@ def test_token_logprobs_are_float32_and_need_a_context():
     ids_BT, mask_BT, _ = padded(ROWS, "right")
     with pytest.raises(ValueError, match="at least 1"):
         m.token_logprobs(model, ids_BT, mask_BT, torch.zeros(3, dtype=torch.long))
+
+
+def test_packed_groups_equal_separate_rows():
+    model = double(build_model(32))
+    packs = [
+        [([5, 9, 3, 7, 11], 3), ([5, 9, 3, 8], 3), ([5, 9, 3, 7, 11, 2, 6, 4], 3)],
+        [([4, 6, 10], 2)],
+        [([1, 2, 3, 4], 1), ([1, 9], 1)],
+    ]
+    rows = [row for pack in packs for row in pack]
+    results = []
+    for form in (packs, [[row] for row in rows]):
+        model.zero_grad()
+        logp_BR, mask_BR = m.row_logprobs(model, form, torch.float64)
+        (logp_BR * torch.arange(1, 7, dtype=torch.float64)[:, None]).sum().backward()
+        results.append((logp_BR.detach(), mask_BR, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    for packed, separate in zip(*results, strict=True):
+        torch.testing.assert_close(packed, separate, rtol=1e-9, atol=1e-12)
+
+
+def test_micro_batches_pack_rows_of_one_prompt():
+    class Row:
+        def __init__(self, ids, start):
+            self.ids, self.start = ids, start
+
+    rows = [Row([p] * 10 + [r] * length, 10) for p in (1, 2) for r, length in [(3, 5), (4, 20), (5, 9), (6, 2)]]
+    batches = m.micro_batches(rows, 80)
+    assert sorted(id(row) for batch in batches for pack in batch for row in pack) == sorted(map(id, rows))
+    for batch in batches:
+        lengths = [10 + sum(len(row.ids) - 10 for row in pack) for pack in batch]
+        assert len(batch) * max(lengths) <= 80 and max(lengths) <= 40
+        assert all(len({row.ids[0] for row in pack}) == 1 for pack in batch)
+    assert max(len(pack) for batch in batches for pack in batch) == 3
 
 
 def test_token_batches_respect_the_budget_and_lose_nothing():
@@ -114,7 +147,7 @@ def test_sampled_logprobs_are_those_of_the_trainer(loaded, engine):
     for ids, group in zip(PROMPTS, groups, strict=True):
         rows = [(ids + c.token_ids, len(ids)) for c in group]
         with torch.no_grad():
-            logp_BR, mask_BR = m.row_logprobs(loaded[0], rows, temperature=0.8)
+            logp_BR, mask_BR = m.row_logprobs(loaded[0], [[row] for row in rows], temperature=0.8)
         for completion, logp_R, mask_R in zip(group, logp_BR, mask_BR, strict=True):
             np.testing.assert_allclose(completion.logprobs, logp_R[mask_R].numpy(), atol=2e-5)
 
