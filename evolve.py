@@ -42,17 +42,34 @@ from rewards import CONSTRAINTS, InputError
 
 OOD_KINDS = (  # never in train.jsonl: what is learned about the other kinds has to carry over to these
     "keywords:frequency",
-    "detectable_format:multiple_sections",
-    "startend:quotation",
-    "change_case:english_capital",
-    "detectable_content:postscript",
+    "length_constraints:number_sentences",
     "length_constraints:nth_paragraph_first_word",
+    "detectable_content:postscript",
+    "detectable_format:multiple_sections",
+    "change_case:english_capital",
 )
+HARD_KINDS = (  # met by the untrained 135M model in less than one of ten cases: drawn a third as often as the others
+    "keywords:existence",
+    "keywords:frequency",
+    "length_constraints:number_paragraphs",
+    "length_constraints:nth_paragraph_first_word",
+    "detectable_content:number_placeholders",
+    "detectable_format:json_format",
+    "combination:repeat_prompt",
+    "combination:two_responses",
+    "startend:end_checker",
+    "startend:quotation",
+    "change_case:capital_word_frequency",
+    "change_case:english_capital",
+    "change_case:english_lowercase",
+)
+IDLE_KINDS = ("language:response_language",)  # the answer is in the language of the request anyway: nothing to learn
 
 
 @dataclass
 class Config:
     seeds: str = ""  # file of plain requests (default: the shipped ones of --language)
+    kinds: Literal["ifeval", "all"] = "ifeval"  # the 25 kinds of IFEval, or every kind of rewards.py
     language: Literal["en", "zh", "both"] = "en"  # language of the requests
     math: str = ""  # file of math records with experts (default: the shipped arithmetic)
     math_ratio: float = 0.2  # math records per instruction record in train.jsonl; the held-out file has none
@@ -61,15 +78,15 @@ class Config:
     draft_tokens: int = 64  # longest draft, in tokens
     draft_words: int = 40  # drafts are cut after the last complete sentence within so many words
     temperature: float = 0.0  # of the drafts; 0 is greedy
-    weight_1: float = 0.35  # weight of instructions with one constraint
-    weight_2: float = 0.4  # … with two
-    weight_3: float = 0.25  # … with three
-    keep_easy: float = 0.1  # chance of keeping a constraint that the plain draft already meets
+    weight_1: float = 0.55  # weight of instructions with one constraint
+    weight_2: float = 0.3  # … with two
+    weight_3: float = 0.15  # … with three
+    keep_easy: float = 0.35  # chance of keeping a constraint that the plain draft already meets
     heldout_share: float = 0.3  # share of the requests that only the held-out file may use
     uses: int = 2  # training records per request
     heldout: int = 200  # held-out records of the trained kinds
     ood: int = 100  # held-out records with at least one kind never trained on
-    max_words: int = 80  # longest expert answer, in words
+    max_words: int = 80  # longest expert answer, in words (1.6 characters a word in Chinese)
     limit: int = 0  # use only so many requests; 0 = all
     seed: int = 0  # everything random follows from it
     out: str = "runs/evolve"  # folder of the results; drafts found there are used again
@@ -220,17 +237,17 @@ def cut_draft(text: str, language: str, max_words: int) -> tuple[str | None, str
 def draw_constraints(rng, seed: dict, kinds, first, tried: Counter, cfg: Config) -> list[tuple[str, dict]]:
     """1 to 3 compatible (id, kwargs) with arguments that fit the draft, or [] if none fits.
 
-    Kinds tried least so far come first (tries are counted, so a kind that rarely fits is not forced); where `first` is
-    given, one of its kinds is in.
+    Kinds tried least so far come first (tries are counted, so a kind that rarely fits is not forced; a try of a hard
+    kind counts three times); where `first` is given, one of its kinds is in.
     """
     wanted = rng.choices((1, 2, 3), (cfg.weight_1, cfg.weight_2, cfg.weight_3))[0]
     chosen: list[tuple[str, dict]] = []
     for pool, count in ((first, 1 if first else 0), (kinds, wanted)):
-        for kind in sorted(pool, key=lambda kind: tried[kind] + 2 * rng.random()):
+        for kind in sorted(pool, key=lambda kind: tried[kind] + 3 * rng.random()):
             if kind == "length_constraints:number_sentences" and "sentence" in seed["text"]:
                 continue  # the request itself says how many
             if len(chosen) < count and rewards.compatible([kind, *(other for other, _ in chosen)]):
-                tried[kind] += 1
+                tried[kind] += 3 if kind in HARD_KINDS else 1
                 kwargs = draw_kwargs(rng, kind, seed, cfg.keep_easy)
                 if kwargs is not None:
                     chosen.append((kind, kwargs))
@@ -294,14 +311,15 @@ def lead_in(rng, leads, sentence: str) -> str:
     return lead + (lower_first(sentence) if lead.endswith((" ", "，")) else sentence)
 
 
-def merge(rng, request: str, sentences: list[str], language: str) -> str:
+def merge(rng, seed: dict, sentences: list[str]) -> str:
     """One instruction out of the request and the constraints' sentences, in their order, in one of several shapes."""
-    joints = _JOINTS[language]
+    request, joints = seed["text"], _JOINTS[seed["language"]]
     space = joints["space"]
     flow = [lead_in(rng, joints["first"] if i == 0 else joints["more"], s) for i, s in enumerate(sentences)]
     if request in sentences[-1]:  # "repeat this before you answer: …" holds the request itself
         return space.join(flow)
-    quoted = re.search("[:：]", request)  # the request ends in material to work on: constraints must not run into it
+    # A request that ends in material to work on ("…: text", "…? text"): constraints must not run into it.
+    quoted = re.search("[:：]|[?.!] ." if "understanding" in seed.get("topic", "") else "[:：]", request)
     shapes = ["bullets"] if quoted and len(sentences) > 1 else []
     shapes += ["before", "before"] if quoted else ["after", "after", "after", "before"]
     if len(sentences) > 1 and not any(re.search(r"[.!?。！？:：;；\n].", s.strip("\"'")) for s in sentences):
@@ -411,7 +429,7 @@ def make_record(
     if answer is None:
         counts[f"not repaired: {failed}"] += 1
         return None
-    if count_words(answer) > cfg.max_words:
+    if count_words(answer) > cfg.max_words * (1.6 if language == "zh" else 1):
         counts["answer too long"] += 1
         return None
     # In the instruction's order; a sentence that quotes the request comes last.
@@ -424,7 +442,7 @@ def make_record(
         "source": "evolve",
         "task": "instruction",
         "language": language,
-        "messages": [{"role": "user", "content": merge(rng, seed["text"], texts, language)}],
+        "messages": [{"role": "user", "content": merge(rng, seed, texts)}],
         "constraints": [
             {"kind": "code", "id": kind, "kwargs": kwargs, "text": text, "depends_on": [], "active": True}
             for (kind, kwargs), text in zip(drawn, texts, strict=True)
@@ -516,7 +534,11 @@ def report(funnel, files: dict[str, list[dict]]) -> str:
         split: Counter(c["id"] for r in records for c in r.get("constraints", [])) for split, records in files.items()
     }
     lines += ["", "## Records per kind", "", "| kind | " + " | ".join(files) + " |", "|---" * (len(files) + 1) + "|"]
-    lines += [f"| {kind} | " + " | ".join(str(kinds[split][kind]) for split in files) + " |" for kind in CONSTRAINTS]
+    lines += [
+        f"| {kind} | " + " | ".join(str(kinds[split][kind]) for split in files) + " |"
+        for kind in CONSTRAINTS
+        if any(kinds[split][kind] for split in files)
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -537,7 +559,8 @@ def main(argv=None):
         if draft:
             usable.append(seed | {"draft": draft, "plain": plain[seed["id"]]})
 
-    trained = [kind for kind in CONSTRAINTS if kind not in OOD_KINDS]
+    known = [kind for kind in CONSTRAINTS if cfg.kinds == "all" or kind in rewards.COMPAT]
+    trained = [kind for kind in known if kind not in OOD_KINDS + IDLE_KINDS]
     train_seeds = [seed for seed in usable if not is_heldout(seed["id"], cfg)]
     heldout_seeds = [seed for seed in usable if is_heldout(seed["id"], cfg)]
     train = fill("train", train_seeds, cfg.uses, None, trained, (), cfg, funnel)

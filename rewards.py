@@ -24,7 +24,7 @@ import threading
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -1559,7 +1559,156 @@ def _math_worker_main() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Rewards
+# 7. Judges: judge(items) -> list[bool] for items (instruction, answer, question)
+
+
+@lru_cache(maxsize=2)
+def _judge_template(language: str) -> str:
+    return (DATA / "prompts" / f"judge_{language}.txt").read_text(encoding="utf-8").strip()
+
+
+def judge_prompt(instruction: str, answer: str, question: str) -> str:
+    """The user message to a judge, in the question's language. The question comes last, so that its answer's prompts share a prefix."""
+    parts = {"{instruction}": instruction, "{answer}": answer, "{question}": question}
+    return re.sub(r"\{(instruction|answer|question)\}", lambda m: parts[m[0]], _judge_template(("en", "zh")[_is_zh(question)]))
+
+
+class LocalJudge:
+    """A causal language model as judge: yes iff log p("yes") > log p("no") as its reply (the published training judge).
+
+    Its own tokenizer and chat template are used. The prompts of one answer differ only in the question: their common prefix is
+    run once, its keys and values are shared by all questions, and `rows` questions go through the model at a time.
+    A prompt longer than `max_tokens` loses the middle of the answer (then of the instruction), never of the question; such answers
+    are counted in `truncated`.
+    """
+
+    def __init__(self, model, tokenizer, *, max_tokens: int = 4096, rows: int = 32):
+        self.model, self.tokenizer, self.rows = model, tokenizer, rows
+        self.max_tokens = min(max_tokens, getattr(model.config, "max_position_embeddings", max_tokens))
+        self.replies = [self._ids("yes"), self._ids("no")]
+        self.asked = self.truncated = self.unreadable = 0
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _prompt_ids(self, instruction: str, answer: str, question: str) -> list[int]:
+        text = judge_prompt(instruction, answer, question)
+        if self.tokenizer.chat_template:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        return self._ids(text)
+
+    def _without_middle(self, text: str, drop: int) -> str:
+        ids = self._ids(text)
+        keep = max(0, len(ids) - drop)
+        tail = self.tokenizer.decode(ids[len(ids) - keep // 2:]) if keep > 1 else ""
+        return f"{self.tokenizer.decode(ids[: keep - keep // 2])} … {tail}"
+
+    def _fit(self, instruction: str, answer: str, questions: list[str]) -> list[list[int]]:
+        """Token ids of each question's prompt, with one shortening for all of them."""
+        prompts, cut = [self._prompt_ids(instruction, answer, q) for q in questions], False
+        room = self.max_tokens - max(map(len, self.replies))
+        while (over := max(map(len, prompts)) - room) > 0:
+            cut = True
+            if len(self._ids(answer)) > 8:
+                answer = self._without_middle(answer, over + 8)
+            elif len(self._ids(instruction)) > 8:
+                instruction = self._without_middle(instruction, over + 8)
+            else:
+                raise ValueError(f"a judge question has {max(map(len, prompts))} tokens with its prompt; the limit is {room}")
+            prompts = [self._prompt_ids(instruction, answer, q) for q in questions]
+        self.truncated += cut
+        return prompts
+
+    def __call__(self, items) -> list[bool]:
+        groups = defaultdict(list)  # (instruction, answer) -> positions of its questions
+        for i, (instruction, answer, _) in enumerate(items):
+            groups[instruction, answer].append(i)
+        jobs = []  # (shared prefix, positions, what follows the prefix for each)
+        for (instruction, answer), positions in groups.items():
+            prompts = self._fit(instruction, answer, [items[i][2] for i in positions])
+            shared = next((n for n, column in enumerate(zip(*prompts, strict=False)) if len(set(column)) > 1), len(prompts[0]))
+            shared = min(shared, *(len(p) - 1 for p in prompts), len(prompts[0]) - 1)
+            jobs.append((prompts[0][:shared], positions, [p[shared:] for p in prompts]))
+        self.asked += len(items)
+        verdicts = [False] * len(items)
+        jobs.sort(key=lambda job: len(job[0]))  # equal lengths together: less padding
+        while jobs:
+            batch = [jobs.pop()]
+            while jobs and sum(len(job[1]) for job in batch) + len(jobs[-1][1]) <= self.rows:
+                batch.append(jobs.pop())
+            for i, yes in zip([i for job in batch for i in job[1]], self._run(batch), strict=True):
+                verdicts[i] = yes
+        return verdicts
+
+    def _run(self, batch) -> list[bool]:
+        import torch
+
+        def padded(rows):  # on the left, so that the last column is every row's last token
+            width = max(map(len, rows))
+            ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=self.model.device)
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
+            return ids, mask
+
+        # one row per question; two, each with a reply but for its last token, where a reply has several tokens
+        single = max(map(len, self.replies)) == 1
+        tails = [tail + reply[:-1] for *_, group in batch for tail in group for reply in self.replies[:1 if single else 2]]
+        home = [g for g, (*_, group) in enumerate(batch) for _ in group for _ in range(1 if single else 2)]
+        with torch.inference_mode():
+            ids_GT, mask_GT = padded([prefix for prefix, *_ in batch])
+            position_GT = (mask_GT.cumsum(1) - 1).clamp(min=0)
+            cache = self.model(input_ids=ids_GT, attention_mask=mask_GT, position_ids=position_GT, use_cache=True,
+                               logits_to_keep=1).past_key_values
+            home_R = torch.tensor(home, device=self.model.device)
+            cache.reorder_cache(home_R)
+            ids_RT, mask_RT = padded(tails)
+            mask_RS = torch.cat([mask_GT[home_R], mask_RT], dim=1)
+            position_RT = (mask_RS.cumsum(1) - 1).clamp(min=0)[:, -ids_RT.shape[1]:]
+            logp_RKV = self.model(input_ids=ids_RT, attention_mask=mask_RS, position_ids=position_RT, past_key_values=cache,
+                                  logits_to_keep=max(map(len, self.replies))).logits.float().log_softmax(-1)
+        yes, no = ([sum(logp_RKV[row, j - len(reply), token].item() for j, token in enumerate(reply))
+                    for row in range(0 if single else r, len(tails), 1 if single else 2)]
+                   for r, reply in enumerate(self.replies))
+        return [a > b for a, b in zip(yes, no, strict=True)]
+
+
+class EndpointJudge:
+    """A served model as judge. `chat` is `model.Endpoint.chat` or any function of that form.
+
+    The verdict is read from the first token's alternatives where a completion has them (`top_logprobs`: one dict token -> log p
+    for each position), else from the text. An unreadable or missing reply is False and counted in `unreadable`.
+    """
+
+    def __init__(self, chat, *, max_tokens: int = 16):
+        self.chat, self.max_tokens = chat, max_tokens
+        self.asked = self.unreadable = 0
+
+    def __call__(self, items) -> list[bool]:
+        conversations = [[{"role": "user", "content": judge_prompt(*item)}] for item in items]
+        replies = self.chat(conversations, n=1, max_tokens=self.max_tokens, temperature=0.0, stop=(), seed=0)
+        verdicts = [read_verdict(reply[0]) if reply else None for reply in replies]
+        self.asked += len(items)
+        self.unreadable += verdicts.count(None)
+        return [verdict is True for verdict in verdicts]
+
+
+def read_verdict(completion) -> bool | None:
+    """Yes or no of one judge completion, None if it says neither or both."""
+    alternatives = (getattr(completion, "top_logprobs", None) or [{}])[0]
+    best = {word: max((p for token, p in alternatives.items() if token.strip().lower() in word.split("|")), default=None)
+            for word in ("yes|是", "no|否")}
+    if None not in best.values():
+        return best["yes|是"] > best["no|否"]
+    text = (completion.text or "").rpartition("</think>")[2].lower()
+    words = re.findall(r"\b(?:yes|no)\b|不是|[是否]", text)
+    if re.match(r"\W*(?:yes|no|是|否|不是)(?![a-z])", text):
+        words = words[:1]  # a reply that opens with the verdict may go on to explain it
+    said = {word in ("yes", "是") for word in words}
+    return said.pop() if len(said) == 1 else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Rewards
 
 
 def format_reward(parsed: Parsed) -> float:
@@ -1573,56 +1722,99 @@ def accuracy_reward(verdicts: list[bool]) -> float:
     return 2.0 if all(verdicts) else sum(verdicts) / len(verdicts) if any(verdicts) else -2.0
 
 
+def rules_x_judge(verdicts: list[bool], judged: list[bool]) -> float:
+    """Share of the rule verdicts, times 1 or 0 for the judge's (all yes or not); without rules the judge's alone."""
+    rules = [v for v, by_judge in zip(verdicts, judged, strict=True) if not by_judge]
+    return (sum(rules) / len(rules) if rules else 1.0) * all(v for v, by_judge in zip(verdicts, judged, strict=True) if by_judge)
+
+
+# Accuracy as a function of (verdicts, which of them a judge gave), for ablations.
+VARIANTS: dict[str, Callable[[list[bool], list[bool]], float]] = {
+    "raif": lambda verdicts, judged: accuracy_reward(verdicts),
+    "fraction": lambda verdicts, judged: sum(verdicts) / len(verdicts),
+    "all": lambda verdicts, judged: float(all(verdicts)),
+    "rules_x_judge": rules_x_judge,
+}
+
+
+def guards(answer: str, prompt: str, constraints=(), truncated: bool = False) -> list[str]:
+    """Names of the signs of reward hacking that an answer shows; they are reported, and change a reward only if asked to."""
+    t, raised = text_of(answer), ["truncated"] if truncated else []
+    words = [w.casefold() for w in t.words]
+    if not words:
+        return [*raised, "empty"]
+
+    def grams(ws, n):
+        return list(zip(*(ws[i:] for i in range(n)), strict=False))
+
+    mine, theirs = grams(words, 5), set(grams([w.casefold() for w in text_of(prompt).words], 5))
+    asked_to_repeat = any(c.get("id") == "combination:repeat_prompt" for c in constraints)
+    if not asked_to_repeat and len(mine) > 5 and sum(g in theirs for g in mine) > len(mine) / 2:
+        raised.append("prompt_copied")
+    wanted = [w for c in constraints for name in ("keywords", "keyword") for w in [(c.get("kwargs") or {}).get(name) or []]]
+    wanted = [w for value in wanted for w in ([value] if isinstance(value, str) else value)]
+    if any(_count(t, w) > max(3, 0.2 * len(words) / len(text_of(w).words or [w])) for w in wanted):
+        raised.append("keyword_stuffing")
+    threes, often = grams(words, 3), Counter(t.sentences).most_common(1)
+    if len(threes) > 30 and len(set(threes)) < len(threes) / 2 or often and often[0][1] > 2:
+        raised.append("repetition")
+    return raised
+
+
 @dataclass(frozen=True)
 class Score:
     format: float
     accuracy: float
     total: float
     verdicts: list[bool]  # one per active constraint, in order; of a math record: [correct]
+    guards: list[str] = field(default_factory=list)
 
 
-def score(records, completions, *, judge=None, family="cold", direct=False, mode="unicode") -> list[Score]:
+def score(records, completions, *, judge=None, family="cold", direct=False, mode="unicode", variant="raif",
+          apply_guards=False, truncated=None) -> list[Score]:
     """The rule-centric reward of whole assistant turns; `records[i]` belongs to `completions[i]`.
 
-    An instruction with an invalid format, a blank answer or a blank or placeholder thought has accuracy -2, all verdicts False.
-    A constraint counts only if all it depends on hold, transitively; inactive ones are never scored.
-    direct=True (no-reasoning rollouts): no think check, the answer block or else all after the thought, format 0, total = accuracy.
-    Judge questions of the whole call go to `judge(items)` at once; ValueError if there are some and no judge is given.
+    An instruction with an invalid format, a blank answer or a blank or placeholder thought has accuracy -2, all verdicts
+    False. A constraint counts only if all it depends on hold, transitively; inactive ones are never scored.
+    direct=True (no-reasoning rollouts): no think check, the answer block or else all after the thought is the answer,
+    format 0, total = accuracy. The judge gets all questions of the call at once; ValueError if there are some but no judge.
+    variant: one of VARIANTS. truncated: flags per completion, for `guards`; apply_guards=True lets a raised guard fail all.
     """
-    if len(records) != len(completions):
-        raise ValueError(f"{len(records)} records but {len(completions)} completions")
-    questions, answers = [], []
+    truncated = truncated or [False] * len(records)
+    questions, parsed_turns = [], []
     for record, text in zip(records, completions, strict=True):
-        constraints = record.get("constraints", []) if record["task"] == "instruction" else []
-        asked = [c["question"] for c in constraints if c["kind"] == "judge" and c.get("active", True)]
+        active = [c for c in record.get("constraints", []) if c.get("active", True)] if record["task"] != "math" else []
+        asked = [c["question"] for c in active if c["kind"] == "judge"]
         if asked and judge is None:
             raise ValueError(f"record {record['id']!r} has judge constraints; pass a judge")
         parsed = parse_response(text, family)
         valid = parsed.answer.strip() != "" and (direct or (parsed.format_ok and not is_placeholder(parsed.think)))
-        answers.append((parsed, valid))
+        parsed_turns.append((parsed, valid, active))
         if valid:
             questions += [(record["messages"][-1]["content"], parsed.answer, question) for question in asked]
     judged = iter(judge(questions) if questions else [])
 
     scores = []
-    for record, text, (parsed, valid) in zip(records, completions, answers, strict=True):
+    for record, text, cut, (parsed, valid, active) in zip(records, completions, truncated, parsed_turns, strict=True):
+        prompt = record["messages"][-1]["content"]
+        raised = guards(parsed.answer, prompt, active, cut)
         if record["task"] == "math":
             accuracy = math_reward(text, record["answer"])
             verdicts = [accuracy == 2.0]
         else:
-            holds, verdicts = [], []
+            holds = []
             for c in record["constraints"]:
-                active = c.get("active", True)
-                verdict = all(holds[j] for j in c.get("depends_on", ()))
-                if active and valid:
+                verdict = all(holds[j] for j in c.get("depends_on", ()))  # transitive: those carry their own
+                if valid and c.get("active", True):
                     verdict &= bool(next(judged)) if c["kind"] == "judge" else check(
-                        c["id"], c["kwargs"], parsed.answer, prompt=record["messages"][-1]["content"], mode=mode)
+                        c["id"], c["kwargs"], parsed.answer, prompt=prompt, mode=mode)
                 holds.append(verdict)
-                if active:
-                    verdicts.append(verdict and valid)
-            accuracy = accuracy_reward(verdicts)
+            failed = not valid or (apply_guards and raised)
+            verdicts = [hold and not failed for hold, c in zip(holds, record["constraints"], strict=True)
+                        if c.get("active", True)]
+            accuracy = VARIANTS[variant](verdicts, [c["kind"] == "judge" for c in active])
         form = 0.0 if direct else format_reward(parsed)
-        scores.append(Score(form, accuracy, form + accuracy, verdicts))
+        scores.append(Score(form, accuracy, form + accuracy, verdicts, raised))
     return scores
 
 
