@@ -45,13 +45,13 @@ class Config:
     direct: int = 2  # H, no-reasoning rollouts an instruction prompt
     updates: int = 1  # optimizer steps a rollout batch; the first is exactly on-policy
     bc_batch: int = 4  # expert answers an update
-    max_new_tokens: int = 128  # response limit
+    max_new_tokens: int = 160  # response limit
     max_prompt_tokens: int = 1024  # longer prompts are left out, and counted
     temperature: float = 1.0  # sampling temperature; top-p and top-k stay off
     lr: float = 1e-5  # peak learning rate
     warmup: float = 0.03  # share of lr_horizon with linear warm-up
     lr_horizon: int = 0  # optimizer steps until the cosine reaches a tenth of the peak; 0 = twice the run
-    micro_tokens: int = 2048  # tokens a micro-batch, padding included
+    micro_tokens: int = 1024  # tokens a micro-batch, padding included
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic; master weights are float32
     engine: Literal["hf", "vllm"] = "hf"  # rollout engine
     save_every: int = 10  # steps between checkpoints
@@ -334,6 +334,7 @@ def main():
                          "give --direct 2, or switch the rule off with --no-superior-cot")
     rank, world = m.init_distributed()
     stop = m.stop_signals()
+    m.keep_freed_memory()
     policy, tokenizer = m.load_model(cfg.model)
     pools = load_pools(cfg, tokenizer)
     dtype = m.compute_dtype(cfg.precision)
@@ -419,6 +420,8 @@ def main():
                 f"{totals['bc_loss']:.3f} | rollout {rollout_s:.0f} s {metrics['rollout_tps']:.0f} tok/s, update "
                 f"{update_s:.0f} s {metrics['update_tps']:.0f} tok/s | ETA {eta / 60:.0f} min")
         bar.update()
+        if step % 4 == 0:
+            m.keep_freed_memory(trim=True)
         if rank == 0 and (step % cfg.save_every == 0 or step == cfg.steps or stop.is_set()):
             m.save_checkpoint(run, {"model": policy.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                                     "direct_seen": direct_seen, "skipped": skipped})

@@ -5,8 +5,8 @@
     score(records, completions, judge=None)                                                       # -> list[Score]
 
 `mode="compat"` is IFEval exactly as its authors score it (their quirks included), for the benchmark.
-`mode="unicode"` asks for the same things but counts by script (a Chinese character is a word, 。！？ end sentences), is not
-fooled by Markdown, and answers "no" to what it cannot judge. It is the default and what training uses.
+`mode="unicode"` asks for the same things but counts by script (a Chinese character is a word, 。！？ end sentences), is
+not fooled by Markdown, and answers "no" to what it cannot judge. It is the default and what training uses.
 
 Reward (paper section 3.3):  R = R_format (+1 / -1) + R_accuracy (+2 all constraints, k/C some, -2 none or invalid).
 Nothing in a text or a record is ever executed or unpickled, and every checker takes time linear in the text.
@@ -29,7 +29,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parent / "data"
-MAX_CHARS = 200_000  # ten times the longest rollout; a longer answer satisfies no constraint, so that no check can hang
+MAX_CHARS = 50_000  # over twice the longest rollout; a longer answer satisfies no constraint, so that no check can hang
 
 
 class InputError(ValueError):
@@ -41,7 +41,7 @@ class InputError(ValueError):
 
 
 def read_records(path) -> list[dict]:
-    """Read and validate a record file, one JSON object a line. Unknown fields are kept; `depends_on` and `active` are filled in.
+    """Read and validate a record file, one JSON object a line. Unknown fields stay; `depends_on` and `active` are filled in.
 
     Raises InputError `FILE:LINE: field 'X': what is wrong; remedy` at the first bad line; nothing is skipped silently.
     """
@@ -64,7 +64,8 @@ def read_records(path) -> list[dict]:
         try:
             validate_record(record)
             if record["id"] in seen:
-                raise InputError(f"field 'id': {record['id']!r} is already used in line {seen[record['id']]}; make it unique")
+                first = seen[record["id"]]
+                raise InputError(f"field 'id': {record['id']!r} is already used in line {first}; make it unique")
         except InputError as error:
             raise InputError(f"{path}:{number}: {error}") from None
         seen[record["id"]] = number
@@ -86,26 +87,28 @@ def validate_record(record) -> None:
     need(filled(record.get("id")), "id", "missing or not a text", "give every record a unique id")
     need(record.get("task") in ("instruction", "math"), "task", f"{record.get('task')!r} is not a task",
          'use "instruction" or "math"')
-    need(record.get("language", "en") in ("en", "zh"), "language", f"{record.get('language')!r} is unknown", 'use "en" or "zh"')
+    language, expert = record.get("language", "en"), record.get("expert")
+    need(language in ("en", "zh"), "language", f"{language!r} is unknown", 'use "en" or "zh"')
     messages = record.get("messages")
-    need(isinstance(messages, list) and messages, "messages", "missing or empty", 'write [{"role": "user", "content": "..."}]')
+    need(isinstance(messages, list) and messages, "messages", "missing or empty", "write a list with a user message")
     for i, message in enumerate(messages):
         ok = isinstance(message, dict) and message.get("role") in ("system", "user", "assistant")
         need(ok and filled(message.get("content")), f"messages[{i}]", "has no role or no content",
              'write {"role": "user", "content": "..."}')
     need(record.get("composition", "and") in ("and", "chain", "selection", "nested"), "composition",
          f"{record.get('composition')!r} is unknown", "use and, chain, selection or nested")
-    need(record.get("expert") is None or filled(record["expert"]), "expert", "is not a text", "remove it or give the answer")
+    need(expert is None or filled(expert), "expert", "is not a text", "remove it or give the answer")
     if record["task"] == "math":
         need(filled(record.get("answer")), "answer", "missing or not a text", 'give the result as a text, e.g. "42"')
         return
     constraints = record.get("constraints")
-    need(isinstance(constraints, list) and constraints, "constraints", "missing or empty", "give at least one constraint")
+    need(isinstance(constraints, list) and constraints, "constraints", "missing or empty", "give at least one")
     for i, c in enumerate(constraints):
         name = f"constraints[{i}]"
         need(isinstance(c, dict), name, "is not an object", 'write {"kind": "code", ...}')
-        need(c.get("kind") in ("code", "judge"), f"{name}.kind", f"{c.get('kind')!r} is unknown", 'use "code" or "judge"')
-        if c["kind"] == "judge":
+        kind = c.get("kind")
+        need(kind in ("code", "judge"), f"{name}.kind", f"{kind!r} is unknown", 'use "code" or "judge"')
+        if kind == "judge":
             need(filled(c.get("question")), f"{name}.question", "missing or blank", "ask one yes/no question")
         else:
             try:
@@ -137,8 +140,8 @@ TAGS = {"cold": ("<think>", "</think>", "<answer>", "</answer>"), "warm": ("<thi
 def parse_response(text: str, family: str = "cold") -> Parsed:
     """Split a whole assistant turn (pre-filled `<think>` included) into thought and answer.
 
-    format_ok: every tag of the family occurs exactly once, in order. "cold" has think and answer tags, "warm" (R1 style) only
-    the think tags. Of a broken turn the most sensible parts are still returned, tags removed, so that it can be read and shown.
+    format_ok: every tag of the family occurs exactly once, in order. "cold" has think and answer tags, "warm" (R1 style)
+    only the think tags. Of a broken turn the most sensible parts are still returned, tags removed.
     """
     if family not in TAGS:
         raise ValueError(f"unknown family {family!r}; use 'cold' or 'warm'")
@@ -162,18 +165,10 @@ def parse_response(text: str, family: str = "cold") -> Parsed:
     return Parsed(think, answer, format_ok)
 
 
-PLACEHOLDER_THOUGHTS = frozenset(
-    "your thoughts here|your thought here|your reasoning here|your thinking here|my thoughts here|thoughts here|reasoning here|"
-    "thinking here|think here|reasoning process here|thinking process here|your thought process here|your reasoning process here|"
-    "insert thoughts here|insert reasoning here|reasoning|thoughts|thought|thinking|reasoning process|thought process|"
-    "thinking process|placeholder|none|n a|todo|tbd|think step by step|let me think|let me think step by step|"
-    "你的思考|你的思考过程|思考过程|思考内容|推理过程|你的推理过程|此处填写思考过程|在此填写思考过程|在这里写下你的思考|这里是思考过程|思考|推理|无|略".split("|")
-)
-
-
 def is_placeholder(thought: str) -> bool:
-    """True for a thought without content: blank, only punctuation ("..."), or a copied slot such as "your thoughts here"."""
-    return (words := " ".join(re.findall(r"[^\W_]+", thought.lower()))) == "" or words in PLACEHOLDER_THOUGHTS
+    """True for a thought without content: blank, only punctuation ("..."), or a slot left as it was ("your thoughts")."""
+    words = " ".join(re.findall(r"[^\W_]+", thought.lower()))
+    return words == "" or words in _phrases()["empty_thoughts"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,28 +198,65 @@ def _punkt():
     params = PunktParameters()
     params.abbrev_types, params.sent_starters = set(rows("abbrev_types.txt")), set(rows("sent_starters.txt"))
     params.collocations = {tuple(row.split("\t")) for row in rows("collocations.tab")}
-    params.ortho_context = defaultdict(int, ((w, int(n)) for w, n in (r.split("\t") for r in rows("ortho_context.tab"))))
+    orthography = (row.split("\t") for row in rows("ortho_context.tab"))
+    params.ortho_context = defaultdict(int, {word: int(flags) for word, flags in orthography})
     tokenizer = PunktSentenceTokenizer()
     tokenizer._params = params
     return tokenizer
 
 
 @lru_cache(maxsize=1)
-def _detector_factory():
+def _detector():
+    """Makes langdetect detectors, each seeded on its own (same text, same answer, in any thread). The slow inner steps
+    are written anew, result for result the same: n-grams are remembered by word, probabilities are numpy vectors."""
+    import numpy as np
+    from langdetect.detector import Detector
     from langdetect.detector_factory import PROFILES_DIRECTORY, DetectorFactory
+    from langdetect.utils.ngram import NGram
 
     factory = DetectorFactory()
     factory.load_profile(PROFILES_DIRECTORY)
-    factory.seed = 0  # every detector seeds its own generator from this: same text, same answer, in any thread
-    return factory
+    factory.seed = 0
+    known = factory.word_lang_prob_map
+
+    class Normal(dict):  # for str.translate: each character's normal form, worked out once
+        def __missing__(self, code):
+            self[code] = NGram.normalize(chr(code))
+            return self[code]
+
+    normal = Normal()
+
+    @lru_cache(maxsize=50_000)
+    def grams(word: str) -> list[str]:  # a word with the spaces around it; all-capital stretches are left out
+        return [g for i in range(1, len(word)) if not (word[i].isupper() and word[i - 1].isupper())
+                for n in range(1, min(3, i + 1) + 1) if (g := word[i - n + 1: i + 1]) != " " and g in known]
+
+    row = lru_cache(maxsize=50_000)(lambda gram: np.array(known[gram]))
+
+    class Quick(Detector):
+        def _extract_ngrams(self):
+            *words, last = self.text.translate(normal).split(" ")
+            return [g for word in words if word for g in grams(f" {word} ")] + (grams(f" {last}") if last else [])
+
+        def _init_probability(self):
+            return np.full(len(self.langlist), 1.0 / len(self.langlist))
+
+        def _update_lang_prob(self, prob, word, alpha):
+            prob *= alpha / self.BASE_FREQ + row(word)
+
+        def _normalize_prob(self, prob):
+            prob /= sum(prob.tolist())  # in the order of langdetect: numpy's own sum rounds differently
+            return prob.max()
+
+    return lambda: Quick(factory)
 
 
 @lru_cache(maxsize=1024)
 def detect_language(text: str) -> str | None:
-    """langdetect's code for the text ("en", "zh-cn", ...), seeded; None where it finds nothing to judge (no letters)."""
+    """langdetect's code for the text ("en", "zh-cn", ...), seeded; None where it finds no letters to judge."""
     from langdetect.lang_detect_exception import LangDetectException
 
-    detector = _detector_factory().create()
+    detector = _detector()()
     detector.append(text)
     try:
         return detector.detect()
@@ -311,8 +343,11 @@ class Text:
         for block in blocks:
             parts = CJK_STOP.split(block)  # text, stop, text, stop, ..., text
             pieces += [text + stop for text, stop in zip(parts[::2], [*parts[1::2], ""], strict=True)]
-        sentences = [s.strip() for piece in pieces for s in (_punkt().tokenize(piece) if piece.strip() else [])]
-        return [s for s in sentences if WORD.search(s)]
+        if len(self.s) > MAX_CHARS // 2:  # Punkt takes 40 us a sentence; nobody counts sentences in a text that long
+            sentences = [s for piece in pieces for s in re.split(r"(?<=[.!?])\s+", piece)]
+        else:
+            sentences = [s for piece in pieces if piece.strip() for s in _punkt().tokenize(piece)]
+        return [s.strip() for s in sentences if WORD.search(s)]
 
     @cached_property
     def letters(self) -> str:
@@ -320,7 +355,7 @@ class Text:
 
     @cached_property
     def script(self) -> str:
-        """The language for training purposes: "zh" where Chinese characters outweigh other words, else langdetect's code."""
+        """The language for training: "zh" where Chinese characters outweigh other words, else langdetect's code."""
         han, kana = len(re.findall(f"[{HAN}]", self.s)), len(re.findall(f"[{KANA}]", self.s))
         if han + kana and han + kana >= len(self.words) - han - kana:
             return "ja" if kana * 10 > han else "zh"
@@ -361,7 +396,7 @@ def _loads(s: str, strict: bool):
 
 
 def _spans(s: str, opening: str, closing: str) -> list[str]:
-    """What stands between `opening` and the next `closing` on the same line (a linear form of the lazy regular expression)."""
+    """What stands between `opening` and the next `closing` on the same line (the lazy regular expression, but linear)."""
     found = []
     for line in s.split("\n"):
         start = line.find(opening)
@@ -402,8 +437,8 @@ def _find(pattern: str, s: str) -> int:
 
 
 def _highlights(s: str) -> int:
-    single = sum(bool(m.strip("*").strip()) for m in re.findall(r"\*[^\n\*]*\*", s))
-    return single + sum(bool(m.removeprefix("**").removesuffix("**").strip()) for m in re.findall(r"\*\*[^\n\*]*\*\*", s))
+    single, double = re.findall(r"\*[^\n\*]*\*", s), re.findall(r"\*\*([^\n\*]*)\*\*", s)
+    return sum(bool(m.strip("*").strip()) for m in single) + sum(bool(m.strip()) for m in double)
 
 
 def _nth_first_word(s: str, k: dict) -> bool:
@@ -420,7 +455,7 @@ def _postscript(s: str, marker: str) -> bool:
     return _find(pattern or marker.lower(), s) > 0
 
 
-# IFEval as its authors score it: id -> verdict of (text, kwargs). `tests/test_rewards.py` compares every entry with the official code.
+# IFEval as its authors score it: id -> verdict of (text, kwargs). tests/test_rewards.py compares with official verdicts.
 COMPAT: dict[str, Callable[[Text, dict], bool]] = {
     "keywords:existence": lambda t, k: all(_find(w, t.s) for w in k["keywords"]),
     "keywords:frequency": lambda t, k: _relation(_find(k["keyword"].strip(), t.s), k["relation"], k["frequency"]),
@@ -439,7 +474,7 @@ COMPAT: dict[str, Callable[[Text, dict], bool]] = {
     # a lone "*" swallows the line after it, as officially; [^\S\n] instead of \s keeps a page of blank lines linear
     "detectable_format:number_bullet_lists": lambda t, k: len(re.findall(r"(?m)^[^\S\n]*\*[^\*].*$", t.s)) + len(
         re.findall(r"(?m)^[^\S\n]*-", t.s)) == k["num_bullets"],
-    "detectable_format:constrained_response": lambda t, k: any(f"My answer is {a}." in t.s for a in ("yes", "no", "maybe")),
+    "detectable_format:constrained_response": lambda t, k: re.search(r"My answer is (yes|no|maybe)\.", t.s) is not None,
     "detectable_format:number_highlighted_sections": lambda t, k: _highlights(t.s) >= k["num_highlights"],
     "detectable_format:multiple_sections": lambda t, k: len(
         re.findall(rf"{k['section_spliter']}\s?\d", t.s)) >= k["num_sections"],
@@ -459,12 +494,12 @@ COMPAT: dict[str, Callable[[Text, dict], bool]] = {
 
 # The same requests, counted by script and judged as a careful reader would.
 
-NOT_CJK = f"[^\\W{HAN}{KANA}]"  # a word character outside Chinese and Japanese: only next to these has a word a boundary
+NOT_CJK = f"[^\\W{HAN}{KANA}]"  # word characters that are set apart by spaces: only beside these has a word a boundary
 
 
 @lru_cache(maxsize=4096)
 def _keyword(word: str) -> re.Pattern:
-    """The word itself: whole words where the script has spaces, anywhere in Chinese; any case, any white space inside."""
+    """The word itself: a whole word where the script has spaces, anywhere in Chinese; any case, any white space."""
     body = r"\s+".join(re.escape(part) for part in word.split())
     left = f"(?<!{NOT_CJK})" if re.match(NOT_CJK, word.strip()) else ""
     right = f"(?!{NOT_CJK})" if re.match(NOT_CJK, word.strip()[-1]) else ""
@@ -521,7 +556,7 @@ def _is_quoted(s: str) -> bool:
 
 
 def _is_english(t: Text) -> bool:
-    """Detected on the lower-cased text (capitals mislead the detector); a few plain words are too short to tell and count."""
+    """Detected on the lower-cased text (capitals mislead the detector); a few plain words, too short to tell, count."""
     return t.script == "en" or (0 < len(t.words) < 6 and t.letters.isascii() and t.letters != "")
 
 
@@ -581,7 +616,7 @@ def _unfenced(s: str) -> str:
 
 
 def _is_xml(s: str) -> bool:
-    """Well-formed, without a document type: no entities, so nothing to expand. No tree is built, so depth costs nothing."""
+    """Well-formed, without a document type: no entities, nothing to expand. No tree is built, so depth costs nothing."""
     from xml.parsers import expat
 
     if "<!" in s.replace("<!--", "").replace("<![CDATA[", ""):
@@ -615,7 +650,8 @@ def _html_balanced(s: str) -> bool:
 
 
 def _latex_balanced(s: str) -> bool:
-    found = re.findall(r"\\(begin|end)\{(\w+\*?)\}|\\(?:(left|right)(?![a-zA-Z])|[a-zA-Z]+|[^a-zA-Z])|([{}])|(\$\$?)", s)
+    found = re.findall(r"\\(begin|end)\{(\w+\*?)\}|\\(?:(left|right)(?![a-zA-Z])|[a-zA-Z]+|[^a-zA-Z])"
+                       r"|([{}])|(\$\$?)", s)
     dollars = [mark for *_, mark in found if mark]
     tokens = [(env or "left" if side or env else "{", (mark or side or brace) in ("begin", "left", "{"))
               for mark, env, side, brace, dollar in found if mark or side or brace]
@@ -728,8 +764,9 @@ OWN: dict[str, Callable[[Text, dict], bool]] = {
     "format:html_balanced": lambda t, k: _html_balanced(t.s),
     "format:latex_balanced": lambda t, k: _latex_balanced(t.s),
     "format:csv": lambda t, k: (shape := _csv_shape(t.s)) is not None and shape[0] == k["columns"] and shape[1] > 1,
-    "format:key_values": lambda t, k: [m[1].strip().casefold() for line in t.lines if (
-        m := re.match(r"[ \t*_-]*([^:：\n]{1,80}?)[ \t*_]*[:：]", line))] == [w.strip().casefold() for w in k["keys"]],
+    "format:key_values": lambda t, k: [re.split("[:：]", line, maxsplit=1)[0].strip(EDGE_MARKS + "-").casefold()
+                                       for line in t.lines if re.search("[:：]", line)] == [
+        w.strip().casefold() for w in k["keys"]],
     "format:sorted_items": lambda t, k: len(_items(t)) > 1 and (
         found := [i.strip(EDGE_MARKS).casefold() for i in _items(t)]) == sorted(found),
     "language:paragraphs": lambda t, k: len(t.paragraphs) == len(k["languages"]) and all(
@@ -757,7 +794,7 @@ def _rows() -> dict[str, dict]:
 
 
 def _arguments(constraint_id, kwargs) -> dict:
-    """The checked arguments of one constraint, nulls dropped. ValueError for an unknown id or missing, unknown or wrong arguments."""
+    """The checked arguments of a constraint, nulls dropped. ValueError: unknown id; missing, unknown or wrong arguments."""
     if constraint_id not in CHECKS:
         raise ValueError(f"unknown constraint id {constraint_id!r}")
     if not isinstance(kwargs, dict | None):
@@ -779,11 +816,15 @@ def check(constraint_id: str, kwargs: dict, response: str, *, prompt: str = "", 
     """Does `response` (the answer without tags) satisfy the constraint? A blank one never does.
 
     mode "compat" is IFEval's own verdict, "unicode" the same meaning for every script (see the head of the file).
-    ValueError for an unknown id or mode, and for missing or wrong arguments (null counts as missing); nothing is drawn at random.
+    ValueError for an unknown id or mode and for missing or wrong arguments (null counts as missing): none is ever drawn.
+    `prompt` is there for kinds that compare with the instruction; none of the present ones does.
     """
     if mode not in ("compat", "unicode"):
         raise ValueError(f"unknown mode {mode!r}; use 'compat' or 'unicode'")
-    kwargs = _arguments(constraint_id, kwargs)
+    return _holds(constraint_id, _arguments(constraint_id, kwargs), response, mode)
+
+
+def _holds(constraint_id: str, kwargs: dict, response: str, mode: str) -> bool:
     if not response.strip() or len(response) > MAX_CHARS:
         return False
     table = COMPAT if mode == "compat" and constraint_id in COMPAT else CHECKS
@@ -791,18 +832,20 @@ def check(constraint_id: str, kwargs: dict, response: str, *, prompt: str = "", 
 
 
 def check_loose(constraint_id: str, kwargs: dict, response: str, *, prompt: str = "", mode: str = "unicode") -> bool:
-    """IFEval's loose verdict: any of eight variants passes (first line, last line, both dropped; each also without asterisks)."""
-    lines = response.split("\n")
+    """IFEval's loose verdict: one of eight variants passes (first, last, both lines dropped; each also without asterisks)."""
+    if check(constraint_id, kwargs, response, prompt=prompt, mode=mode):
+        return True
+    lines, kwargs = response.split("\n"), _arguments(constraint_id, kwargs)
     cuts = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
     variants = dict.fromkeys([*cuts, *(cut.replace("*", "") for cut in cuts)])
-    return any(check(constraint_id, kwargs, variant, prompt=prompt, mode=mode) for variant in variants)
+    return any(_holds(constraint_id, kwargs, variant, mode) for variant in variants if variant != response)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Making constraints: arguments that fit a draft, minimal edits that satisfy them, wordings
 #
-# A sampler sees the plain draft and asks for a little more or less than it has, so that the draft itself mostly fails and a
-# small edit passes. A repair makes that edit; it is only returned if the checker (in both modes, for English) accepts it.
+# A sampler sees the plain draft and asks for a little more or less than it has, so that the draft itself mostly fails
+# and a small edit passes. A repair makes that edit; it is returned only if the checker (for English: both) accepts it.
 
 
 @lru_cache(maxsize=1)
@@ -835,12 +878,13 @@ def _append(s: str, sentence: str) -> str:
 
 
 def _without(s: str, sentence: str) -> str | None:
-    """The text without one of its sentences (and without the list marker it leaves bare); None if that is all or not found."""
+    """The text without one of its sentences and a list marker left bare; None if that is all or not found."""
     if len(text_of(s).sentences) < 2 or (at := s.rfind(sentence)) < 0:
         return None
     left, right = s[:at].rstrip(" "), s[at + len(sentence):].lstrip(" ")
     gap = " " if left and right and not (left[-1] + right[0]).isspace() and not _is_zh(s) and right[0] != "\n" else ""
-    lines = [line for line in (left + gap + right).split("\n") if not re.fullmatch(r"[ \t]*([*+•-]|\d+[.)]|#+)[ \t]*", line)]
+    bare = re.compile(r"[ \t]*([*+•-]|\d+[.)]|#+)[ \t]*")
+    lines = [line for line in (left + gap + right).split("\n") if not bare.fullmatch(line)]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
@@ -881,7 +925,9 @@ def _groups(items: list, n: int) -> list[list]:
 def _regroup(s: str, n: int, make: Callable[[int, str], str], between: str) -> str | None:
     """The sentences of the text in n parts, each built by make(number, text); None if there are too few."""
     sentences = text_of(s).sentences
-    return between.join(make(i, _glue(g)) for i, g in enumerate(_groups(sentences, n), 1)) if len(sentences) >= n > 0 else None
+    if not len(sentences) >= n > 0:
+        return None
+    return between.join(make(i, _glue(group)) for i, group in enumerate(_groups(sentences, n), 1))
 
 
 def _content_words(s: str) -> Counter:
@@ -894,7 +940,7 @@ def _content_words(s: str) -> Counter:
 
 
 def _lower_first(s: str) -> str:
-    """`s` without its sentence-initial capital, unless the word is a name (the Punkt tables know which occur in lower case)."""
+    """`s` without its initial capital, unless that word is a name (the Punkt tables know which occur in lower case)."""
     first = re.match(r"[A-Z][a-z]*(?![\w'’])", s)
     known = first and first[0] != "I" and _punkt()._params.ortho_context.get(first[0].lower(), 0) & 0b1110000
     return s[0].lower() + s[1:] if known else s
@@ -903,7 +949,8 @@ def _lower_first(s: str) -> str:
 def _key_spans(s: str) -> list[str]:
     """Short phrases worth a highlight: content words, or short clauses in Chinese."""
     if _is_zh(s):
-        return [c for c in re.split(r"[\s，。！？；：、,.!?;:“”‘’()（）*《》0-9-]+", s) if 2 <= len(c) <= 8 and CJK.match(c)]
+        clauses = re.split(r"[\s，。！？；：、,.!?;:“”‘’()（）*《》0-9-]+", s)
+        return [clause for clause in clauses if 2 <= len(clause) <= 8 and CJK.match(clause)]
     return list(_content_words(s))
 
 
@@ -962,7 +1009,8 @@ def _repair_first_word(s, k, rng):
         if i != k["nth_paragraph"] or _opens_with(part, word):
             return part
         if starter:
-            part = re.sub(r"^(?:(?:First|Next|Then|Finally|Also|However|Besides|Overall),? |(?:首先|其次|然后|最后|另外)，)", "", part)
+            old = r"(?:First|Next|Then|Finally|Also|However|Besides|Overall),? |(?:首先|其次|然后|最后|另外)，"
+            part = part[found.end():] if (found := re.match(old, part)) else part
             return f"{word}，{part}" if zh else f"{word.capitalize()}, {_lower_first(part)}"
         return f"{word}：{part}" if zh else f"{word[0].upper() + word[1:]}: {part}"
 
@@ -990,7 +1038,8 @@ def _repair_highlights(s, k, rng):
 
 
 def _repair_yes_no(s, k, rng):
-    found = re.match(r"(?i)\s*(yes|no|maybe|perhaps)\b[,.!:]*\s*|\s*(不是|不对|不能|不会|是|对|能|会|不确定)的?[，。！]\s*", s)
+    found = re.match(r"(?i)\s*(yes|no|maybe|perhaps)\b[,.!:]*\s*"
+                     r"|\s*(不是|不对|不能|不会|是|对|能|会|不确定)的?[，。！]\s*", s)
     if not found:
         return None
     rest = s[found.end():]
@@ -1023,7 +1072,7 @@ def _repair_commas(s, k, rng):
     s = re.sub(r"(?<=\d),(?=\d{3})", "", s)
     s = re.sub(r"(\w+), (\w+),? (and|or) ", r"\1 \3 \2 \3 ", s)  # a, b, and c -> a and b and c
     s = re.sub(r"(?<![^.!?\n]\s)(?<!\S)((?:\w+ ){0,2}\w+),(?= )", r"\1", s)  # First, boil -> First boil
-    s = re.sub(r",(?= (?:and|or|but|so|which|who|where|while|because|such|including|like|as|then|you|it|we|they|he|she)\b)", "", s)
+    s = re.sub(r",(?= (?:and|or|but|so|which|who|where|while|because|such|including|like|as|then|you|it|we|they)\b)", "", s)
     return re.sub(r",(?=\S)", ", ", s).replace(", ", " – ").replace(",", "")
 
 
@@ -1036,7 +1085,7 @@ def _wrap_quotes(s, k, rng):
 
 
 def _complies(constraint_id: str, kwargs: dict, s: str) -> bool:
-    """Passes for training and, in English, for the benchmark too, so that an expert answer never teaches a difference."""
+    """Passes for training and, in English, for the benchmark too: an expert answer never teaches a difference."""
     return check(constraint_id, kwargs, s) and (_is_zh(s) or check(constraint_id, kwargs, s, mode="compat"))
 
 
@@ -1166,9 +1215,8 @@ def _table(s, k, rng):
     zh, groups = _is_zh(s), _groups(text_of(s).sentences, max(1, k["rows"]))
     if not all(groups) or k["columns"] < 1:
         return None
-    names = (["内容", "序号"] if zh else ["Point", "No."]) + [f"{'备注' if zh else 'Note'} {i}" for i in range(1, k["columns"] - 1)]
-    names = names[:k["columns"]]
-    names[:2] = names[1::-1]
+    number, point, note = ("序号", "内容", "备注") if zh else ("No.", "Point", "Note")
+    names = [number, point, *(f"{note} {i}" for i in range(1, k["columns"] - 1))][-k["columns"]:]
     cells = lambda i, part: [str(i), part, *["–"] * (k["columns"] - 2)][-k["columns"]:]  # noqa: E731
     rows = [names, ["---"] * k["columns"], *(cells(i, _glue(g).replace("|", "/")) for i, g in enumerate(groups, 1))]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -1249,7 +1297,7 @@ def _repair_width(s, k, rng):
 
 
 def _append_each(key: str):
-    """Append numbered sentences of the bank (numbers, dates, questions) up to the bound; drop such sentences to get below."""
+    """Append the bank's sentences with numbers, dates or questions up to the bound; drop such sentences to get below."""
     def repair(constraint_id):
         def edit(s, k, rng):
             enough = lambda x: _complies(constraint_id, k, x)  # noqa: E731
@@ -1263,7 +1311,8 @@ def _append_each(key: str):
 
 
 REPAIRS |= {
-    **{i: _grow_or_shrink(i, "relation") for i in ("length:characters", "length:chinese_characters", "length:unique_words")},
+    **{i: _grow_or_shrink(i, "relation") for i in (
+        "length:characters", "length:chinese_characters", "length:unique_words")},
     **{i: _repair_each(i) for i in EACH},
     **{f"content:{key}": _append_each(key)(f"content:{key}") for key in ("numbers", "iso_dates", "questions")},
     "length:lines": lambda s, k, rng: (
@@ -1272,8 +1321,10 @@ REPAIRS |= {
         s, k["number"] - (k["relation"] == "less than"), lambda i, part: part, "\n\n"),
     "format:numbered_list": lambda s, k, rng: _regroup(s, k["number"], lambda i, part: f"{i}. {part}", "\n"),
     "format:checklist": lambda s, k, rng: _regroup(s, k["number"], lambda i, part: f"- [ ] {part}", "\n"),
-    "keywords:order": lambda s, k, rng: _append(_append(s, _mention(s, k["first"], rng)), _mention(s, k["second"], rng)),
-    "keywords:proximity": lambda s, k, rng: _append(s, rng.choice(_bank(s)["pair"]).format(a=k["first"], b=k["second"])),
+    "keywords:order": lambda s, k, rng: _append(
+        _append(s, _mention(s, k["first"], rng)), _mention(s, k["second"], rng)),
+    "keywords:proximity": lambda s, k, rng: _append(
+        s, rng.choice(_bank(s)["pair"]).format(a=k["first"], b=k["second"])),
     "keywords:in_sentence": _repair_in_sentence,
     "keywords:any_of": lambda s, k, rng: _append(s, _mention(s, rng.choice(k["keywords"]), rng)),
     "keywords:first_word": lambda s, k, rng: _repair_first_word(
@@ -1283,7 +1334,8 @@ REPAIRS |= {
         s, lambda x: k["letter"].casefold() not in x.casefold(), lambda x: k["letter"].casefold() in x.casefold()),
     "content:no_digits": _repair_digits,
     "content:questions_only": lambda s, k, rng: _glue([_question(x) for x in text_of(s).sentences]),
-    "content:no_questions": lambda s, k, rng: _shrink(s, lambda x: not re.search("[?？]", x), lambda x: re.search("[?？]", x)),
+    "content:no_questions": lambda s, k, rng: _shrink(
+        s, lambda x: not re.search("[?？]", x), lambda x: re.search("[?？]", x)),
     "content:unique_sentence_starts": _repair_starts,
     "content:acrostic": lambda s, k, rng: _one_per_line(s),
     "punctuation:no_exclamation": lambda s, k, rng: re.sub("！+", "。", re.sub("!+", ".", s)),
@@ -1300,9 +1352,8 @@ REPAIRS |= {
     "format:latex_balanced": lambda s, k, rng: (
         "\\begin{quote}\n" + re.sub(r"[\\{}$%&#_^~]", "", s) + "\n\\end{quote}"),
     "format:csv": _csv,
-    "format:key_values": lambda s, k, rng: "\n".join(
-        f"{key}: {_glue([x.replace(':', ' –').replace('：', '，') for x in text_of(s).sentences]) if i == len(k['keys']) - 1 else _title(s)}"
-        for i, key in enumerate(k["keys"])),
+    "format:key_values": lambda s, k, rng: "\n".join(f"{key}: {_title(s)}" for key in k["keys"][:-1]) + (
+        f"\n{k['keys'][-1]}: " + re.sub("[:：]", " –", _regroup(s, 1, lambda i, part: part, "") or "")),
     "format:sorted_items": lambda s, k, rng: "\n".join(f"* {i}" for i in sorted(
         _items(text_of(s)), key=lambda i: i.strip(EDGE_MARKS).casefold())),
     "language:paragraphs": lambda s, k, rng: f"{_regroup(s, 1, lambda i, part: part, '')}\n\n" + rng.choice(
@@ -1324,14 +1375,14 @@ def _new_words(t: Text) -> list[str]:
 
 
 def _sample_forbidden_letter(rng, t, prompt):
-    found = [c for c in "abcdefghiklmnoprstuvwy" if sum(c in x.lower() for x in t.sentences) == 1 and len(t.sentences) > 2]
-    return {"letter": rng.choice(found)} if found and not _is_zh(t.s) else None
+    found = [c for c in "abcdefghiklmnoprstuvwy" if sum(c in x.lower() for x in t.sentences) == 1]
+    return {"letter": rng.choice(found)} if found and len(t.sentences) > 2 and not _is_zh(t.s) else None
 
 
 SAMPLERS |= {
-    **{i: lambda rng, t, prompt, f=f, n=n: _near(rng, f(t), n if len(t.sentences) > 1 else 0, 2 * n, "relation", "number")
-       for i, f, n in (("length:characters", COUNTS["length:characters"], 10),
-                       ("length:unique_words", COUNTS["length:unique_words"], 4))},
+    **{i: lambda rng, t, prompt, i=i, n=n: _near(
+        rng, COUNTS[i](t), n if len(t.sentences) > 1 else 0, 2 * n, "relation", "number")
+       for i, n in (("length:characters", 10), ("length:unique_words", 4))},
     **{i: _near_most(i) for i in EACH},
     **{f"content:{key}": lambda rng, t, prompt, f=COUNTS[f"content:{key}"]: {
         "number": f(t) + rng.randint(1, 2), "relation": "at least"} for key in ("numbers", "iso_dates", "questions")},
@@ -1355,9 +1406,9 @@ SAMPLERS |= {
     "keywords:forbidden_letter": _sample_forbidden_letter,
     "content:no_digits": lambda rng, t, prompt: {} if re.search(r"\d", t.s) else None,
     "content:questions_only": lambda rng, t, prompt: {} if 0 < len(t.sentences) < 5 and all(_is_zh(x) or re.match(
-        r"(?:The|A|An|This|These|It|They|Many|Most|Some|People|There|You|We|He|She)\b", x) for x in t.sentences) else None,
+        r"(?:The|A|An|This|These|It|They|Many|Most|Some|People|There|You|We)\b", x) for x in t.sentences) else None,
     "content:no_questions": lambda rng, t, prompt: {} if re.search("[?？]", t.s) and len(t.sentences) > 1 else None,
-    "content:unique_sentence_starts": lambda rng, t, prompt: {} if len(t.sentences) > 1 else None,
+    "content:unique_sentence_starts": lambda rng, t, prompt: {} if len(t.sentences) > len(set(_starts(t))) else None,
     "content:acrostic": lambda rng, t, prompt: {"word": "".join(x[0] for x in _starts(t)).upper()} if (
         1 < len(t.sentences) < 7) else None,
     "punctuation:no_exclamation": lambda rng, t, prompt: {} if re.search("[!！]", t.s) else None,
@@ -1380,8 +1431,9 @@ SAMPLERS |= {
 class Constraint:
     """One kind. check(kwargs, response, prompt="", mode="unicode") -> bool;
 
-    sample(rng, draft, language, prompt="") -> kwargs that fit the draft, or None (repeat_prompt fits only if given the prompt);
-    repair(text, kwargs, rng) -> the text minimally edited so that it passes, or None; conflicts: ids never combined with this one.
+    sample(rng, draft, language, prompt="") -> kwargs that fit the draft, or None (repeat_prompt needs the prompt);
+    repair(text, kwargs, rng) -> the text minimally edited so that it passes, or None;
+    conflicts: ids never combined with this one, itself included; order: repairs are applied from low to high.
     """
 
     id: str
@@ -1420,11 +1472,11 @@ def _repairer(constraint_id: str) -> Callable[..., str | None]:
 
 
 def _checker(constraint_id: str) -> Callable[..., bool]:
-    return lambda kwargs, response, prompt="", mode="unicode": check(constraint_id, kwargs, response, prompt=prompt, mode=mode)
+    return lambda kwargs, response, **options: check(constraint_id, kwargs, response, **options)
 
 
 def _load_constraints() -> dict[str, Constraint]:
-    """Two kinds conflict if they share a tag (they claim the same place in the answer) or one avoids a tag or name of the other."""
+    """Two kinds conflict if they share a tag (claim the same place) or one avoids a tag or the name of the other."""
     rows = _rows()
     tags = {i: {i.split(":")[1], *row["tags"]} for i, row in rows.items()}
     conflicts = {i: frozenset(j for j in rows if tags[i] & tags[j] or tags[i] & set(rows[j]["avoids"])
@@ -1442,18 +1494,20 @@ def compatible(ids) -> bool:
     return not any(b in CONSTRAINTS[a].conflicts for i, a in enumerate(ids) for b in ids[i + 1:])
 
 
-LANGUAGE_NAMES = {
-    "en": "English 英语", "zh": "Chinese 中文", "zh-cn": "Chinese 中文", "zh-tw": "Traditional-Chinese 繁体中文", "ja": "Japanese 日语",
-    "ko": "Korean 韩语", "de": "German 德语", "fr": "French 法语", "es": "Spanish 西班牙语", "ru": "Russian 俄语",
-    "it": "Italian 意大利语", "pt": "Portuguese 葡萄牙语", "ar": "Arabic 阿拉伯语", "hi": "Hindi 印地语",
+LANGUAGE_NAMES = {  # English and Chinese name
+    "en": "English 英语", "zh": "Chinese 中文", "zh-cn": "Chinese 中文", "zh-tw": "Traditional-Chinese 繁体中文",
+    "ja": "Japanese 日语", "ko": "Korean 韩语", "de": "German 德语", "fr": "French 法语", "es": "Spanish 西班牙语",
+    "ru": "Russian 俄语", "it": "Italian 意大利语", "pt": "Portuguese 葡萄牙语", "ar": "Arabic 阿拉伯语", "hi": "Hindi 印地语",
 }
-VALUES_ZH = {"at least": "至少", "less than": "少于", "at most": "至多", "exactly": "正好", "full": "全角", "half": "半角"}
+VALUES_ZH = {"at least": "至少", "less than": "少于", "at most": "至多", "exactly": "正好",
+             "full": "全角", "half": "半角"}
 
 
 def _join(items: list[str], zh: bool) -> str:
     if len(items) < 2:
         return "".join(items)
-    return ("、" if zh else ", ").join(items[:-1]) + ("和" if zh else " and " if len(items) == 2 else ", and ") + items[-1]
+    last = "和" if zh else " and " if len(items) == 2 else ", and "
+    return ("、" if zh else ", ").join(items[:-1]) + last + items[-1]
 
 
 def _fill(templates: list[str], kwargs: dict, language: str, variant: int) -> str:
@@ -1468,8 +1522,11 @@ def _fill(templates: list[str], kwargs: dict, language: str, variant: int) -> st
             value = VALUES_ZH.get(value, value)
         shown[name] = value
     text = templates[variant % len(templates)].format(**shown)
-    return re.sub(r"\b1 ((?:[a-zA-Z]+ )?(?:word|sentence|paragraph|time|point|part|section|placeholder|phrase|line|heading|item|"
-                  r"column|row|character|date|number|question|field|figure|boxe?)s)\b", lambda m: f"1 {m[1][:-1]}", text)
+    return ONE.sub(lambda m: f"1 {m[1]}", text)
+
+
+ONE = re.compile(r"\b1 ((?:[a-zA-Z]+ )?(?:word|sentence|paragraph|time|point|part|section|placeholder|phrase|line|heading|"
+                 r"item|column|row|character|date|number|question|field|figure|box))e?s\b")
 
 
 def render(constraint_id: str, kwargs: dict, language: str, variant: int) -> str:
@@ -1487,7 +1544,7 @@ def plan(constraint_id: str, kwargs: dict, language: str, variant: int) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last closed `\boxed{...}`, braces matched (`\{` and `\}` are plain signs); None without one. Linear."""
+    r"""Content of the last closed `\boxed{...}`, braces matched (`\{` and `\}` are plain signs); None without one."""
     open_boxes, last, start_of_last = [], None, -1
     for m in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
         if m[0] == "}":
@@ -1501,7 +1558,7 @@ def last_boxed(text: str) -> str | None:
 
 
 class MathWorker:
-    """math-verify in a process of its own: sympy may run for hours on a hostile answer, so each question has a deadline.
+    """math-verify in a process of its own: sympy may run for hours on a hostile answer, so each call has a deadline.
 
     The process starts at the first question; one that misses the deadline is killed and the answer counts as wrong.
     """
@@ -1524,8 +1581,9 @@ class MathWorker:
     def same(self, gold: str, answer: str) -> bool:
         with self.lock:
             if self.process is None or self.process.poll() is not None:
-                self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                                stderr=subprocess.DEVNULL, text=True, encoding="utf-8")
+                self.process = subprocess.Popen(
+                    [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                    text=True, encoding="utf-8")
                 if self._exchange(json.dumps(["1", "1"]), 120.0) != "true":  # loading sympy does not count
                     raise RuntimeError("the math-verify worker does not start; check `python -c 'import math_verify'`")
             reply = self._exchange(json.dumps([gold, answer]), self.deadline)
@@ -1539,7 +1597,7 @@ MATH_WORKER = MathWorker()
 
 
 def math_reward(text: str, gold: str) -> float:
-    r"""+2 if the last `\boxed{}` of the whole completion equals `gold`, -1.5 if not, -2 without any. Whatever the format."""
+    r"""+2 if the last `\boxed{}` of the whole completion equals `gold`, -1.5 if not, -2 without any; format aside."""
     answer = last_boxed(text)
     if answer is None:
         return -2.0
@@ -1568,18 +1626,19 @@ def _judge_template(language: str) -> str:
 
 
 def judge_prompt(instruction: str, answer: str, question: str) -> str:
-    """The user message to a judge, in the question's language. The question comes last, so that its answer's prompts share a prefix."""
+    """The user message to a judge, in the question's language. The question comes last: the prompts share a prefix."""
     parts = {"{instruction}": instruction, "{answer}": answer, "{question}": question}
-    return re.sub(r"\{(instruction|answer|question)\}", lambda m: parts[m[0]], _judge_template(("en", "zh")[_is_zh(question)]))
+    template = _judge_template("zh" if _is_zh(question) else "en")
+    return re.sub(r"\{(instruction|answer|question)\}", lambda m: parts[m[0]], template)
 
 
 class LocalJudge:
     """A causal language model as judge: yes iff log p("yes") > log p("no") as its reply (the published training judge).
 
-    Its own tokenizer and chat template are used. The prompts of one answer differ only in the question: their common prefix is
-    run once, its keys and values are shared by all questions, and `rows` questions go through the model at a time.
-    A prompt longer than `max_tokens` loses the middle of the answer (then of the instruction), never of the question; such answers
-    are counted in `truncated`.
+    Its own tokenizer and chat template are used. The prompts of one answer differ only in the question: their common
+    prefix is run once, its keys and values serve all questions, and `rows` questions go through the model at a time.
+    A prompt longer than `max_tokens` loses the middle of the answer (then of the instruction), never of the question;
+    such answers are counted in `truncated`.
     """
 
     def __init__(self, model, tokenizer, *, max_tokens: int = 4096, rows: int = 32):
@@ -1615,7 +1674,7 @@ class LocalJudge:
             elif len(self._ids(instruction)) > 8:
                 instruction = self._without_middle(instruction, over + 8)
             else:
-                raise ValueError(f"a judge question has {max(map(len, prompts))} tokens with its prompt; the limit is {room}")
+                raise ValueError(f"a judge question is {over} tokens too long for the judge's {self.max_tokens}")
             prompts = [self._prompt_ids(instruction, answer, q) for q in questions]
         self.truncated += cut
         return prompts
@@ -1627,8 +1686,8 @@ class LocalJudge:
         jobs = []  # (shared prefix, positions, what follows the prefix for each)
         for (instruction, answer), positions in groups.items():
             prompts = self._fit(instruction, answer, [items[i][2] for i in positions])
-            shared = next((n for n, column in enumerate(zip(*prompts, strict=False)) if len(set(column)) > 1), len(prompts[0]))
-            shared = min(shared, *(len(p) - 1 for p in prompts), len(prompts[0]) - 1)
+            shared = min(map(len, prompts)) - 1
+            shared = next((n for n in range(shared) if len({p[n] for p in prompts}) > 1), shared)
             jobs.append((prompts[0][:shared], positions, [p[shared:] for p in prompts]))
         self.asked += len(items)
         verdicts = [False] * len(items)
@@ -1651,9 +1710,9 @@ class LocalJudge:
             return ids, mask
 
         # one row per question; two, each with a reply but for its last token, where a reply has several tokens
-        single = max(map(len, self.replies)) == 1
-        tails = [tail + reply[:-1] for *_, group in batch for tail in group for reply in self.replies[:1 if single else 2]]
-        home = [g for g, (*_, group) in enumerate(batch) for _ in group for _ in range(1 if single else 2)]
+        per = 1 if max(map(len, self.replies)) == 1 else 2
+        tails = [tail + reply[:-1] for *_, group in batch for tail in group for reply in self.replies[:per]]
+        home = [g for g, (*_, group) in enumerate(batch) for _ in group for _ in range(per)]
         with torch.inference_mode():
             ids_GT, mask_GT = padded([prefix for prefix, *_ in batch])
             position_GT = (mask_GT.cumsum(1) - 1).clamp(min=0)
@@ -1664,10 +1723,11 @@ class LocalJudge:
             ids_RT, mask_RT = padded(tails)
             mask_RS = torch.cat([mask_GT[home_R], mask_RT], dim=1)
             position_RT = (mask_RS.cumsum(1) - 1).clamp(min=0)[:, -ids_RT.shape[1]:]
-            logp_RKV = self.model(input_ids=ids_RT, attention_mask=mask_RS, position_ids=position_RT, past_key_values=cache,
-                                  logits_to_keep=max(map(len, self.replies))).logits.float().log_softmax(-1)
+            logits_RKV = self.model(input_ids=ids_RT, attention_mask=mask_RS, position_ids=position_RT,
+                                    past_key_values=cache, logits_to_keep=max(map(len, self.replies))).logits
+            logp_RKV = logits_RKV.float().log_softmax(-1)
         yes, no = ([sum(logp_RKV[row, j - len(reply), token].item() for j, token in enumerate(reply))
-                    for row in range(0 if single else r, len(tails), 1 if single else 2)]
+                    for row in range(r if per == 2 else 0, len(tails), per)]
                    for r, reply in enumerate(self.replies))
         return [a > b for a, b in zip(yes, no, strict=True)]
 
@@ -1675,8 +1735,8 @@ class LocalJudge:
 class EndpointJudge:
     """A served model as judge. `chat` is `model.Endpoint.chat` or any function of that form.
 
-    The verdict is read from the first token's alternatives where a completion has them (`top_logprobs`: one dict token -> log p
-    for each position), else from the text. An unreadable or missing reply is False and counted in `unreadable`.
+    The verdict is read from the first token's alternatives where a completion has them (`top_logprobs`: one dict
+    token -> log p per position), else from the text. An unreadable or missing reply is False, counted in `unreadable`.
     """
 
     def __init__(self, chat, *, max_tokens: int = 16):
@@ -1695,10 +1755,10 @@ class EndpointJudge:
 def read_verdict(completion) -> bool | None:
     """Yes or no of one judge completion, None if it says neither or both."""
     alternatives = (getattr(completion, "top_logprobs", None) or [{}])[0]
-    best = {word: max((p for token, p in alternatives.items() if token.strip().lower() in word.split("|")), default=None)
-            for word in ("yes|是", "no|否")}
-    if None not in best.values():
-        return best["yes|是"] > best["no|否"]
+    yes, no = (max((p for token, p in alternatives.items() if token.strip().lower() in reply), default=None)
+               for reply in (("yes", "是"), ("no", "否")))
+    if yes is not None and no is not None:
+        return yes > no
     text = (completion.text or "").rpartition("</think>")[2].lower()
     words = re.findall(r"\b(?:yes|no)\b|不是|[是否]", text)
     if re.match(r"\W*(?:yes|no|是|否|不是)(?![a-z])", text):
@@ -1725,7 +1785,8 @@ def accuracy_reward(verdicts: list[bool]) -> float:
 def rules_x_judge(verdicts: list[bool], judged: list[bool]) -> float:
     """Share of the rule verdicts, times 1 or 0 for the judge's (all yes or not); without rules the judge's alone."""
     rules = [v for v, by_judge in zip(verdicts, judged, strict=True) if not by_judge]
-    return (sum(rules) / len(rules) if rules else 1.0) * all(v for v, by_judge in zip(verdicts, judged, strict=True) if by_judge)
+    soft = all(v for v, by_judge in zip(verdicts, judged, strict=True) if by_judge)
+    return (sum(rules) / len(rules) if rules else 1.0) * soft
 
 
 # Accuracy as a function of (verdicts, which of them a judge gave), for ablations.
@@ -1738,8 +1799,8 @@ VARIANTS: dict[str, Callable[[list[bool], list[bool]], float]] = {
 
 
 def guards(answer: str, prompt: str, constraints=(), truncated: bool = False) -> list[str]:
-    """Names of the signs of reward hacking that an answer shows; they are reported, and change a reward only if asked to."""
-    t, raised = text_of(answer), ["truncated"] if truncated else []
+    """Names of the signs of reward hacking in an answer; they are reported, and change a reward only if asked to."""
+    t, raised = text_of(answer[:MAX_CHARS]), ["truncated"] if truncated else []
     words = [w.casefold() for w in t.words]
     if not words:
         return [*raised, "empty"]
@@ -1751,8 +1812,8 @@ def guards(answer: str, prompt: str, constraints=(), truncated: bool = False) ->
     asked_to_repeat = any(c.get("id") == "combination:repeat_prompt" for c in constraints)
     if not asked_to_repeat and len(mine) > 5 and sum(g in theirs for g in mine) > len(mine) / 2:
         raised.append("prompt_copied")
-    wanted = [w for c in constraints for name in ("keywords", "keyword") for w in [(c.get("kwargs") or {}).get(name) or []]]
-    wanted = [w for value in wanted for w in ([value] if isinstance(value, str) else value)]
+    arguments = [c.get("kwargs") or {} for c in constraints]
+    wanted = [w for k in arguments for w in [*(k.get("keywords") or []), *filter(None, [k.get("keyword")])]]
     if any(_count(t, w) > max(3, 0.2 * len(words) / len(text_of(w).words or [w])) for w in wanted):
         raised.append("keyword_stuffing")
     threes, often = grams(words, 3), Counter(t.sentences).most_common(1)
@@ -1774,11 +1835,11 @@ def score(records, completions, *, judge=None, family="cold", direct=False, mode
           apply_guards=False, truncated=None) -> list[Score]:
     """The rule-centric reward of whole assistant turns; `records[i]` belongs to `completions[i]`.
 
-    An instruction with an invalid format, a blank answer or a blank or placeholder thought has accuracy -2, all verdicts
-    False. A constraint counts only if all it depends on hold, transitively; inactive ones are never scored.
+    An instruction with an invalid format, a blank answer or a blank or placeholder thought has accuracy -2, all
+    verdicts False. A constraint counts only if all it depends on hold, transitively; inactive ones are never scored.
     direct=True (no-reasoning rollouts): no think check, the answer block or else all after the thought is the answer,
-    format 0, total = accuracy. The judge gets all questions of the call at once; ValueError if there are some but no judge.
-    variant: one of VARIANTS. truncated: flags per completion, for `guards`; apply_guards=True lets a raised guard fail all.
+    format 0, total = accuracy. The judge gets all questions of the call at once; ValueError if it is missing.
+    variant: one of VARIANTS. truncated: a flag per completion, for `guards`; with apply_guards a raised guard fails all.
     """
     truncated = truncated or [False] * len(records)
     questions, parsed_turns = [], []

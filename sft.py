@@ -36,7 +36,7 @@ class Config:
     lr_floor: float = 0.0  # learning rate at the end, as a share of the peak
     val_share: float = 0.1  # share of the examples held out to choose the epoch
     max_length: int = 1024  # longer sequences are left out, and counted
-    micro_tokens: int = 2048  # tokens a micro-batch, padding included
+    micro_tokens: int = 1024  # tokens a micro-batch, padding included
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic; master weights are float32
     save_every: int = 25  # updates between checkpoints
     seed: int = 0  # of the split and the order
@@ -92,6 +92,7 @@ def main():
     cfg = m.parse_flags(Config, presets=PRESETS)
     rank, world = m.init_distributed()
     stop = m.stop_signals()
+    m.keep_freed_memory()
     policy, tokenizer = m.load_model(cfg.model)
     train, val = load_examples(cfg, tokenizer)
     dtype = m.compute_dtype(cfg.precision)
@@ -151,6 +152,8 @@ def main():
             m.append_jsonl(run / "metrics.jsonl", row)
         bar.set_postfix_str(f"loss {row['loss']:.3f}")
         bar.update()
+        if step % 8 == 0:
+            m.keep_freed_memory(trim=True)
         if step % cfg.save_every == 0 or position + 1 == updates_per_epoch or stop.is_set():
             checkpoint()
         if stop.is_set():

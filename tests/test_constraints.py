@@ -1,0 +1,282 @@
+"""Checkers, samplers, repairs and wordings of every kind: examples, scripts, properties, hostile texts."""
+
+import random
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rewards
+from rewards import CONSTRAINTS, check, check_loose, compatible, plan, render
+
+DRAFTS = {
+    "en": [
+        "Tea is made from the leaves of a plant. First, boil 2 cups of fresh water. Then pour it over the leaves, wait three "
+        "minutes, and enjoy the warm drink! Many people like tea with milk or sugar.",
+        "Regular exercise has many benefits. It makes the heart strong, improves the mood and helps you sleep. It costs little. "
+        "Why not start today? Even a short walk every day can make a difference.",
+        "Yes, whales are mammals. They breathe air and feed their young with milk.",
+        "Packing list:\n\n- warm socks\n- a good book\n- water\n\nPut the heavy things at the bottom.",
+    ],
+    "zh": [
+        "绿茶是一种历史悠久的饮料，深受人们喜爱。先把2杯水烧开，再把茶叶放进杯子里！等三分钟，就可以喝到一杯好茶了。绿茶很香。",
+        "运动对身体有很多好处。它能增强心脏功能，改善心情。为什么不从今天开始呢？每天散步也会有收获。",
+        "是的，鲸鱼是哺乳动物。它们用肺呼吸。",
+        "旅行清单：\n\n- 袜子\n- 一本好书\n- 水\n\n重的东西放在下面。",
+    ],
+}
+
+
+def draws(constraint, count):
+    for seed in range(count):
+        rng = random.Random(seed)
+        language = rng.choice(["en", "zh"])
+        draft = rng.choice(DRAFTS[language])
+        kwargs = constraint.sample(rng, draft, language, "What is it?\nTell me more.")
+        if kwargs is not None:
+            yield rng, language, draft, kwargs
+
+
+def values(kwargs):
+    for name, value in kwargs.items():
+        for item in value if isinstance(value, list) else [value]:
+            yield name, item
+
+
+def properties(constraint, count):
+    drawn = repaired = failing = 0
+    for rng, language, draft, kwargs in draws(constraint, count):
+        drawn += 1
+        for variant in range(6):
+            text = render(constraint.id, kwargs, language, variant)
+            assert plan(constraint.id, kwargs, language, variant)
+            for name, value in values(kwargs):
+                if name in ("language", "languages"):
+                    value = rewards.LANGUAGE_NAMES[value].split()[language == "zh"]
+                shown = rewards.VALUES_ZH.get(value, value) if language == "zh" else value
+                assert str(shown) in text, (name, value, text)
+        failing += not check(constraint.id, kwargs, draft)
+        text = constraint.repair(draft, kwargs, rng)
+        if text is not None:
+            repaired += 1
+            assert check(constraint.id, kwargs, text)
+            if constraint.id in rewards.COMPAT and language == "en":
+                assert check(constraint.id, kwargs, text, mode="compat")  # the benchmark agrees with what experts show
+    assert drawn >= count // 100 and repaired >= 0.6 * drawn, (drawn, repaired)
+    if constraint.id != "language:response_language":  # a draft is in its own language
+        assert failing >= 0.4 * drawn, (failing, drawn)
+
+
+@pytest.mark.parametrize("kind", CONSTRAINTS)
+def test_properties(kind):
+    properties(CONSTRAINTS[kind], 50)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CONSTRAINTS)
+def test_properties_1000_draws(kind):
+    properties(CONSTRAINTS[kind], 1000)
+
+
+@pytest.mark.parametrize("kind", CONSTRAINTS)
+def test_example_and_wordings(kind):
+    constraint = CONSTRAINTS[kind]
+    example = constraint.example
+    for mode in ("unicode", "compat"):
+        assert constraint.check(example["kwargs"], example["pass"], mode=mode)
+        assert not constraint.check(example["kwargs"], example["fail"], mode=mode)
+        assert not constraint.check(example["kwargs"], " \n", mode=mode)  # blank is never enough
+    official = kind in rewards.COMPAT
+    assert len(set(constraint.wordings["en"])) >= (6 if official else 3) and len(set(constraint.wordings["zh"])) >= 3
+    assert len(set(constraint.plans["en"])) >= 3 and len(set(constraint.plans["zh"])) >= 2
+    assert not set(constraint.plans["en"]) & set(constraint.wordings["en"])
+
+
+def test_number_of_kinds_and_conflicts():
+    assert len(CONSTRAINTS) >= 45 and len(rewards.COMPAT) == 25
+    for kind, constraint in CONSTRAINTS.items():
+        assert kind in constraint.conflicts
+        assert all(kind in CONSTRAINTS[other].conflicts for other in constraint.conflicts)
+    assert compatible(["punctuation:no_comma", "keywords:existence"])
+    assert not compatible(["change_case:english_capital", "change_case:english_lowercase"])
+    assert not compatible(["punctuation:no_comma", "punctuation:no_comma"])
+
+
+@pytest.mark.parametrize("kind,kwargs", [
+    ("no:such_kind", {}), ("keywords:existence", {}), ("keywords:existence", {"keywords": None}),
+    ("keywords:existence", {"keywords": "tea"}), ("keywords:existence", {"keywords": []}),
+    ("length_constraints:number_words", {"num_words": 5}), ("punctuation:no_comma", {"frequency": 3}),
+    ("length_constraints:number_words", {"num_words": "5", "relation": "at least"}),
+    ("length_constraints:number_words", {"num_words": 5, "relation": "around"}),
+    ("length_constraints:number_words", {"num_words": True, "relation": "at least"}),
+    ("length_constraints:number_words", {"num_words": float("nan"), "relation": "at least"}),
+    ("keywords:letter_frequency", {"letter": "ab", "let_frequency": 1, "let_relation": "at least"}),
+])
+@pytest.mark.parametrize("mode", ["unicode", "compat"])
+def test_wrong_arguments_are_errors(kind, kwargs, mode):
+    with pytest.raises(ValueError):
+        check(kind, kwargs, "Some text.", mode=mode)
+
+
+def test_null_arguments_count_as_absent():
+    kwargs = {"num_words": 2, "relation": "at least", "keywords": None, "letter": None}
+    assert check("length_constraints:number_words", kwargs, "warm tea")
+
+
+AT_LEAST = {"relation": "at least"}
+LESS = {"relation": "less than"}
+SCRIPTS = [  # kind, kwargs, text, compat verdict, unicode verdict
+    ("length_constraints:number_words", {"num_words": 6} | AT_LEAST, "我喜欢喝茶。", False, False),
+    ("length_constraints:number_words", {"num_words": 5} | AT_LEAST, "我喜欢喝茶。", False, True),
+    ("length_constraints:number_words", {"num_words": 6} | AT_LEAST, "我用 Python 写代码", False, True),
+    ("length_constraints:number_words", {"num_words": 4} | LESS, "नमस्ते दुनिया आज", False, True),
+    ("length_constraints:number_words", {"num_words": 1} | AT_LEAST, "____ ---", True, False),
+    ("length_constraints:number_sentences", {"num_sentences": 3} | AT_LEAST, "茶很香。你喜欢吗？太好了！", False, True),
+    ("length_constraints:number_sentences", {"num_sentences": 3} | AT_LEAST, "他说：“你好！”然后走了。再见。", False, True),
+    ("length_constraints:number_sentences", {"num_sentences": 2} | AT_LEAST, "I like 绿茶。It is warm.", False, True),
+    ("length_constraints:number_sentences", {"num_sentences": 2} | LESS, "Dr. Smith met Mr. B. Jones at 3.5 km.", True, True),
+    ("length_constraints:number_sentences", {"num_sentences": 3} | AT_LEAST, "# Tea\n\n* warm\n* sweet", False, True),
+    ("keywords:existence", {"keywords": ["war"]}, "He walked toward us.", True, False),
+    ("keywords:existence", {"keywords": ["茶"]}, "我爱喝绿茶和tea", True, True),
+    ("keywords:existence", {"keywords": ["tea"]}, "我爱喝tea和咖啡", True, True),
+    ("keywords:existence", {"keywords": ["C++"]}, "I write C++ code.", True, True),
+    ("keywords:forbidden_words", {"forbidden_words": ["茶"]}, "我爱喝绿茶和咖啡", True, False),
+    ("keywords:forbidden_words", {"forbidden_words": ["tea"]}, "喝tea吧", True, False),
+    ("keywords:forbidden_words", {"forbidden_words": ["tea"]}, "The teacher left.", True, True),
+    ("keywords:frequency", {"keyword": "茶", "frequency": 3} | AT_LEAST, "绿茶红茶都是茶", True, True),
+    ("punctuation:no_comma", {}, "茶很香，也很暖。", True, False),
+    ("punctuation:no_comma", {}, "茶、酒、水", True, True),
+    ("startend:quotation", {}, "“茶很香。”", False, True),
+    ("startend:end_checker", {"end_phrase": "That is all."}, "Tea. **That is all.**", False, True),
+    ("startend:end_checker", {"end_phrase": "再见。"}, "茶很香。“再见。”", False, True),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 1}, "-5 degrees\n---\n* tea", False, True),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 1}, "**bold** start\n*italic* start\n* tea", False, True),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "• 茶\n• 水", False, True),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 1}, "* tea\n```\n* code\n```", False, True),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "* a\n* b * c\n*茶*", True, False),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "***x***", True, False),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "喝*绿茶*和**红茶**", True, True),
+    ("detectable_content:number_placeholders", {"num_placeholders": 1}, "See [here](http://x.y)", True, False),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "【姓名】和[日期]", False, True),
+    ("detectable_format:json_format", {}, "NaN", True, False),
+    ("detectable_format:json_format", {}, "\"text\"", True, False),
+    ("detectable_format:json_format", {}, "```json\n{\"茶\": 1}\n```", True, True),
+    ("detectable_format:title", {}, "《《绿茶》》\n很香", False, True),
+    ("detectable_format:multiple_sections", {"section_spliter": "Section", "num_sections": 2},
+     "In Section 1 of Section 2", True, False),
+    ("detectable_format:multiple_sections", {"section_spliter": "部分", "num_sections": 2},
+     "第一部分\n茶\n第二部分\n水", False, True),
+    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "最后"},
+     "茶\n\n\n\n**最后**，水", False, True),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "***bold*** tea\n\n***\n\nwater", False, True),
+    ("language:response_language", {"language": "en"}, "12345 !!!", True, False),
+    ("language:response_language", {"language": "zh-cn"}, "我今天喝了 tea。", False, True),
+    ("change_case:english_lowercase", {}, "i like warm tea in the morning.", True, True),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "P.S.", True, False),
+]
+
+
+@pytest.mark.parametrize("kind,kwargs,text,compat,unicode", SCRIPTS)
+def test_scripts_and_markdown(kind, kwargs, text, compat, unicode):
+    assert (check(kind, kwargs, text, mode="compat"), check(kind, kwargs, text)) == (compat, unicode)
+
+
+OWN_CASES = [
+    ("keywords:proximity", {"first": "tea", "second": "milk", "distance": 1}, "tea with milk", "tea with a lot of milk"),
+    ("format:json_keys", {"keys": ["a"]}, "```json\n{\"a\": 1}\n```", "[" * 10_000),
+    ("format:xml", {}, "<a><b/><!-- c --></a>", '<!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>'),
+    ("format:html_balanced", {}, "<p>a<br>b</p>", "<p>a</div>"),
+    ("format:latex_balanced", {}, r"\left( \frac{1}{2} \right) costs \$5", r"\frac{1}{2"),
+    ("format:table", {"columns": 2, "rows": 2}, "a | b\n--|--\n1 | 2\n3 | 4", "a | b\n--|--\n1 | 2\n3"),
+    ("format:csv", {"columns": 2}, 'a,b\n"x, y",2', 'a,b\n"x" y,2'),
+    ("content:iso_dates", {"number": 1, "relation": "exactly"}, "2024-02-29", "2023-02-29 and 12024-01-01"),
+    ("content:acrostic", {"word": "茶香"}, "茶叶\n香味", "茶叶香味"),
+    ("punctuation:width", {"style": "half"}, "茶, 水.", "茶，水。"),
+    ("keywords:last_word", {"word": "茶"}, "我喜欢喝茶。", "茶很好喝。"),
+    ("language:paragraphs", {"languages": ["zh", "en"]}, "我喜欢喝茶。\n\nI like to drink tea with my friends.",
+     "I like to drink tea with my friends.\n\n我喜欢喝茶。"),
+    ("length:words_per_item", {"most": 2}, "1. warm tea\n2. water", "1. very warm tea"),
+    ("format:headings", {"number": 2, "level": 2}, "## 茶\n## 水\n# 饮", "```\n## a\n## b\n```"),
+]
+
+
+@pytest.mark.parametrize("kind,kwargs,passing,failing", OWN_CASES)
+def test_own_kinds(kind, kwargs, passing, failing):
+    assert check(kind, kwargs, passing) and not check(kind, kwargs, failing)
+
+
+def test_loose_variants():
+    kind, kwargs = "startend:end_checker", {"end_phrase": "the end."}
+    assert not check(kind, kwargs, "*The end.*", mode="compat") and check_loose(kind, kwargs, "*The end.*", mode="compat")
+    assert check_loose("punctuation:no_comma", {}, "Sure, here it is:\nWarm tea.", mode="compat")
+    assert check_loose("punctuation:no_comma", {}, "Warm tea.\nBye, now", mode="compat")
+    assert not check_loose("punctuation:no_comma", {}, "Warm, sweet tea.", mode="compat")  # one line: the cuts are empty
+    assert not check_loose("punctuation:no_comma", {}, " ")
+
+
+def test_language_detection_is_thread_safe():
+    texts = [d for drafts in DRAFTS.values() for d in drafts] * 3
+    expected = [rewards.detect_language.__wrapped__(t) for t in texts]
+    found = [None] * len(texts)
+
+    def work(i):
+        found[i] = rewards.detect_language.__wrapped__(texts[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(texts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+
+
+def test_language_detection_equals_langdetect():
+    import langdetect
+
+    langdetect.DetectorFactory.seed = 0
+    texts = [d for drafts in DRAFTS.values() for d in drafts] + ["HELLO WORLD", "Ça va très bien, merci.", "こんにちは世界", "x"]
+    assert [rewards.detect_language(t) for t in texts] == [langdetect.detect(t) for t in texts]
+    assert rewards.detect_language("123") is None
+
+
+BAIT = ["[", "(", "*", "**", "<<", "<a>", "{", "\\begin{a}", '"', "***", "a. ", "A.B. ", "?!", "\n", " \n", "p. s. ", "Section 1 ",
+        "|", "| a ", "- ", "1. ", "```\n", "茶", "茶。", "$", "\\", ",", "2024-01-01 ", "a:", "#", "# a\n", "😀", "\ud800", "\x00", "a" * 60 + "@"]
+
+
+def check_everything(text, limit):
+    start = time.perf_counter()
+    for kind, constraint in CONSTRAINTS.items():
+        for mode in ("unicode", "compat") if kind in rewards.COMPAT else ("unicode",):
+            assert check(kind, constraint.example["kwargs"], text, mode=mode) in (True, False)
+    rewards.guards(text, text)
+    rewards.parse_response(text)
+    rewards.last_boxed(text)
+    assert time.perf_counter() - start < limit, repr(text[:80])
+
+
+@pytest.mark.parametrize("bait", BAIT + ["[" * 9 + "]", "<a></a>", "({[<", '{"a":[', "\n\n"])
+def test_bait_is_linear(bait):
+    check_everything("warm up: load the tables.", 60)
+    check_everything(bait * (45_000 // len(bait)), 8)  # all kinds together; each alone stays below 1 s
+    check_everything(bait * (1_000_000 // len(bait)), 8)
+
+
+TEXTS = st.one_of(
+    st.text(max_size=300),
+    st.lists(st.sampled_from(BAIT + ["tea", "is", "<think>", "</answer>", "\\boxed{"]), max_size=60).map("".join),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXTS)
+def test_fuzz(text):
+    check_everything(text, 10)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None)
+@given(TEXTS)
+def test_fuzz_10000(text):
+    check_everything(text, 10)

@@ -1,0 +1,319 @@
+"""Records, parsing, the rule-centric reward, math, judges, guards, and conformance with the official IFEval verdicts."""
+
+import gzip
+import json
+import random
+import time
+from types import SimpleNamespace
+
+import pytest
+
+import rewards
+from rewards import InputError, accuracy_reward, check, check_loose, math_reward, parse_response, read_records, score
+
+# ---------------------------------------------------------------- conformance
+
+
+def test_ifeval_gpt4_answers(shared):
+    prompts = map(json.loads, (shared / "benchmarks/ifeval/input_data.jsonl").read_text("utf-8").splitlines())
+    prompts = {row["key"]: row for row in prompts}
+    counts = {"strict": 0, "loose": 0}
+    with gzip.open(shared / "conformance/ifeval/verdicts_gpt4.jsonl.gz", "rt", encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            prompt = prompts[row["key"]]
+            args = list(zip(prompt["instruction_id_list"], prompt["kwargs"], strict=True))
+            unstable = {entry["index"] for entry in row["unstable"]}
+            for name, function in (("strict", check), ("loose", check_loose)):
+                verdicts = [function(i, k, row["response"], prompt=prompt["prompt"], mode="compat") for i, k in args]
+                assert all(v == w for n, (v, w) in enumerate(zip(verdicts, row[name], strict=True)) if n not in unstable), row
+                counts[name] += sum(verdicts)
+    assert counts == {"strict": 698, "loose": 714}
+
+
+def test_ifeval_unit_cases(shared):
+    for line in (shared / "conformance/ifeval/unit_cases.jsonl").read_text("utf-8").splitlines():
+        case = json.loads(line)
+        if case["instruction_id"]:
+            verdict = check(case["instruction_id"], case["kwargs"], case["response"], mode="compat")
+            assert verdict == case["expected"], case
+
+
+def test_ifeval_helper_cases(shared):
+    for line in (shared / "conformance/ifeval/unit_cases_util.jsonl").read_text("utf-8").splitlines():
+        case, text = json.loads(line), rewards.Text(json.loads(line)["text"])
+        found = {"count_words": lambda t: t.word_runs, "count_sentences": lambda t: len(t.punkt_sentences),
+                 "split_into_sentences": lambda t: [" ".join(x.split()) for x in t.punkt_sentences]}[case["function"]](text)
+        assert found == case["result"], case
+
+
+# ---------------------------------------------------------------- parsing
+
+GOOD = "<think>\nI plan.\n</think>\n<answer>\nTea.\n</answer>"
+
+
+@pytest.mark.parametrize("text,family,think,answer,ok", [
+    (GOOD, "cold", "I plan.", "Tea.", True),
+    ("<think>a</think> b", "warm", "a", "b", True),
+    ("<think>a</think> b", "cold", "a", "b", False),
+    ("plain", "cold", "", "plain", False),
+    ("  plain\n", "cold", "", "  plain\n", False),
+    ("<think>never closed", "cold", "never closed", "", False),
+    ("<think>a</think><answer>b", "cold", "a", "b", False),
+    ("<think>a</think>b</answer>", "cold", "a", "b", False),
+    ("<answer>b</answer><think>a</think>", "cold", "a", "", False),
+    ("<think>a</think><answer>b</answer><answer>c</answer>", "cold", "a", "b", False),
+    ("<think>a<answer>x</answer></think><answer>b</answer>", "cold", "ax", "b", False),
+    ("a</think>b", "warm", "a", "b", False),
+])
+def test_parse_response(text, family, think, answer, ok):
+    parsed = parse_response(text, family)
+    assert (parsed.think, parsed.answer, parsed.format_ok) == (think, answer, ok)
+
+
+# ---------------------------------------------------------------- the reward
+
+
+def record(*constraints, **fields):
+    rows = [{"depends_on": [], "active": True, **c} for c in constraints]
+    return {"id": "r", "task": "instruction", "messages": [{"role": "user", "content": "Write about tea."}],
+            "constraints": rows, **fields}
+
+
+def code(kind, depends_on=(), active=True, **kwargs):
+    return {"kind": "code", "id": kind, "kwargs": kwargs, "depends_on": list(depends_on), "active": active}
+
+
+def asks(question, depends_on=(), active=True):
+    return {"kind": "judge", "question": question, "depends_on": list(depends_on), "active": active}
+
+
+NO_COMMA, TEA = code("punctuation:no_comma"), code("keywords:existence", keywords=["tea"])
+
+
+def turn(answer, think="I plan."):
+    return f"<think>\n{think}\n</think>\n<answer>\n{answer}\n</answer>"
+
+
+@pytest.mark.parametrize("text,form,accuracy", [
+    (turn("I like tea."), 1, 2), (turn("I like tea, hot."), 1, 0.5), (turn("Milk, please."), 1, -2),
+    ("I like tea.", -1, -2), (turn(""), 1, -2), (turn("I like tea.", think=""), 1, -2),
+    (turn("I like tea.", think="..."), 1, -2), (turn("I like tea.", think="Your thoughts here"), 1, -2),
+    (turn("I like tea.") + "</answer>", -1, -2),
+])
+def test_rule_centric_reward(text, form, accuracy):
+    result = score([record(NO_COMMA, TEA)], [text])[0]
+    assert (result.format, result.accuracy, result.total) == (form, accuracy, form + accuracy)
+
+
+def test_accuracy_reward_needs_verdicts():
+    with pytest.raises(ValueError):
+        accuracy_reward([])
+    assert [accuracy_reward(v) for v in ([True], [False], [True, False, False])] == [2.0, -2.0, 1 / 3]
+
+
+@pytest.mark.parametrize("text,accuracy", [
+    ("<think>\n\n</think>\n\nI like tea.", 2), ("<think>\n\n</think>\n<answer>I like tea.</answer>", 2),
+    ("I like tea.", 2), ("<think></think>\nTea, hot.", 0.5), ("<think>\n\n</think>\n", -2),
+])
+def test_direct_rollouts_are_scored_for_what_they_are_worth(text, accuracy):
+    result = score([record(NO_COMMA, TEA)], [text], direct=True)[0]
+    assert (result.format, result.accuracy, result.total) == (0, accuracy, accuracy)
+
+
+def test_composition():
+    chain = record(TEA, code("punctuation:no_comma", [0]), code("content:no_digits", [1]))
+    assert score([chain], [turn("I like milk.")])[0].verdicts == [False, False, False]  # transitively
+    assert score([chain], [turn("I like tea, hot.")])[0].verdicts == [True, False, False]
+    selection = record(TEA, code("startend:quotation", active=False), code("content:no_digits"))
+    assert score([selection], [turn("I like tea.")])[0] == rewards.Score(1, 2, 3, [True, True])
+    through = record(TEA, code("startend:quotation", [0], active=False), code("content:no_digits", [1]))
+    assert score([through], [turn("I like milk.")])[0].verdicts == [False, False]
+
+
+def test_judge_constraints():
+    seen = []
+
+    def judge(items):
+        seen.extend(items)
+        return [question == "Is it kind?" for *_, question in items]
+
+    rows = [record(TEA, asks("Is it kind?"), asks("Is it long?", [0])), record(asks("Is it kind?", active=False), TEA)]
+    with pytest.raises(ValueError, match="judge"):
+        score(rows, [turn("tea")] * 2)
+    results = score(rows, [turn("tea"), turn("tea")], judge=judge)
+    assert [r.verdicts for r in results] == [[True, True, False], [True]]
+    assert seen == [("Write about tea.", "tea", "Is it kind?"), ("Write about tea.", "tea", "Is it long?")]
+    seen.clear()
+    assert score(rows[:1], ["no tags"], judge=judge)[0].verdicts == [False] * 3 and not seen
+    assert score(rows[:1], [turn("milk")], judge=judge)[0].verdicts == [False, True, False]
+
+
+def test_variants_and_guards():
+    rows = [record(TEA, NO_COMMA, asks("Is it kind?"))]
+    values = {v: score(rows, [turn("milk")], judge=lambda items: [True] * len(items), variant=v)[0].accuracy
+              for v in rewards.VARIANTS}
+    assert values == {"raif": 2 / 3, "fraction": 2 / 3, "all": 0.0, "rules_x_judge": 0.5}
+    assert rewards.rules_x_judge([True, False], [False, True]) == 0.0 and rewards.rules_x_judge([True], [True]) == 1.0
+    stuffed = turn("tea " * 30)
+    result = score([record(TEA)], [stuffed])[0]
+    assert result.accuracy == 2.0 and result.guards == ["keyword_stuffing"]
+    assert score([record(TEA)], [stuffed], apply_guards=True)[0].accuracy == -2.0
+    assert score([record(TEA)], [turn("Tea.")], truncated=[True])[0].guards == ["truncated"]
+    prompt = "Please write a long and careful letter to my old friend about green tea and milk."
+    assert rewards.guards(prompt, prompt) == ["prompt_copied"]
+    assert rewards.guards(prompt, prompt, [code("combination:repeat_prompt", prompt_to_repeat=prompt)]) == []
+    assert rewards.guards("Tea is warm. " * 20, "x") == ["repetition"] and rewards.guards("...", "x") == ["empty"]
+    assert rewards.guards("我喜欢喝茶。" * 20, "x") == ["repetition"] and rewards.guards("我喜欢喝热茶。", "茶") == []
+
+
+# ---------------------------------------------------------------- math
+
+
+@pytest.mark.parametrize("text,gold,value", [
+    (r"so \boxed{0.5}", "1/2", 2.0), (r"\boxed{\frac{1}{2}}", "0.5", 2.0), (r"\boxed{41} no, \boxed{42}", "42", 2.0),
+    (r"\boxed{42} no, \boxed{41}", "42", -1.5), ("42", "42", -2.0), (r"\boxed{42", "42", -2.0), (r"\boxed{}", "42", -1.5),
+    (r"\boxed{1,000}", "1000", 2.0), (r"\boxed{\{1,2\}}", r"\{2,1\}", 2.0), (r"\boxed{x^2+2x+1}", "(x+1)^2", 2.0),
+    (r"<think>\boxed{42}</think> no tags needed", "42", 2.0), (r"\boxed{\text{Monday}}", "Monday", 2.0),
+])
+def test_math_reward(text, gold, value):
+    assert math_reward(text, gold) == value
+
+
+def test_math_has_a_deadline_and_recovers(monkeypatch):
+    worker = rewards.MathWorker(deadline=0.5)
+    assert worker.same("2", "1+1")
+    start = time.monotonic()
+    assert not worker.same("1", "10^{10^{10^{10}}}")
+    assert time.monotonic() - start < 10
+    assert worker.same("2", "1+1")  # a new process
+
+
+def test_last_boxed():
+    assert rewards.last_boxed(r"\boxed{a{b}\}c} \boxed{d") == r"a{b}\}c"
+    assert rewards.last_boxed(r"\boxed{\boxed{5}}") == "5" and rewards.last_boxed("}" * 9) is None
+
+
+def test_math_records_score_independent_of_format():
+    row = {"id": "m", "task": "math", "messages": [{"role": "user", "content": "6 x 7?"}], "answer": "42"}
+    results = score([row] * 3, [turn(r"\boxed{42}"), r"\boxed{42}", turn("42")])
+    assert [(r.format, r.accuracy, r.verdicts) for r in results] == [(1, 2, [True]), (-1, 2, [True]), (1, -2, [False])]
+
+
+# ---------------------------------------------------------------- records
+
+VALID = {"id": "a", "task": "instruction", "language": "en", "messages": [{"role": "user", "content": "Tea?"}],
+         "constraints": [{"kind": "code", "id": "punctuation:no_comma", "kwargs": {}}], "composition": "and", "note": 1}
+
+
+def test_read_records_fills_and_keeps(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(VALID) + "\n", "utf-8")
+    (row,) = read_records(path)
+    assert row["note"] == 1 and row["constraints"][0]["depends_on"] == [] and row["constraints"][0]["active"] is True
+
+
+@pytest.mark.parametrize("change,field", [
+    ({"id": ""}, "id"), ({"task": "chat"}, "task"), ({"messages": []}, "messages"), ({"language": "fr"}, "language"),
+    ({"messages": [{"role": "user", "content": " "}]}, "messages[0]"), ({"composition": "or"}, "composition"),
+    ({"constraints": []}, "constraints"), ({"expert": 3}, "expert"), ({"task": "math"}, "answer"),
+    ({"constraints": [{"kind": "code", "id": "no:such", "kwargs": {}}]}, "constraints[0].id"),
+    ({"constraints": [{"kind": "code", "id": "keywords:existence", "kwargs": {}}]}, "constraints[0].kwargs"),
+    ({"constraints": [{"kind": "judge", "question": " "}]}, "constraints[0].question"),
+    ({"constraints": [VALID["constraints"][0] | {"depends_on": [0]}]}, "constraints[0].depends_on"),
+    ({"constraints": [VALID["constraints"][0] | {"active": False}]}, "constraints"),
+    ({"constraints": [VALID["constraints"][0] | {"active": 1}]}, "constraints[0].active"),
+])
+def test_bad_records_name_line_and_field(tmp_path, change, field):
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(VALID) + "\n" + json.dumps(VALID | {"id": "b"} | change) + "\n", "utf-8")
+    with pytest.raises(InputError) as error:
+        read_records(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}:2: field '{field}': ") and "; " in message and "\n" not in message
+
+
+@pytest.mark.parametrize("content,expected", [
+    ("", "empty"), ("{", ":1: "), (json.dumps(VALID) + "\n\n" + json.dumps(VALID), ":2: "), ("[1]", "object"),
+    (json.dumps(VALID) + "\n" + json.dumps(VALID), "already used in line 1"), ("[" * 100_000, ":1: "),
+])
+def test_bad_files(tmp_path, content, expected):
+    path = tmp_path / "r.jsonl"
+    path.write_text(content, "utf-8")
+    with pytest.raises(InputError, match=expected):
+        read_records(path)
+    with pytest.raises(InputError):
+        read_records(tmp_path / "missing.jsonl")
+
+
+# ---------------------------------------------------------------- judges
+
+
+@pytest.fixture(scope="module")
+def judge_model():
+    from conftest import build_model, build_tokenizer
+
+    # in the second tokenizer the replies are several tokens each
+    tokenizers = build_tokenizer(["yes no yes no is the tea warm"] * 9, 400), build_tokenizer(["abc"], 258)
+    return [(build_model(len(tokenizer), seed=3), tokenizer) for tokenizer in tokenizers]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_local_judge_equals_two_full_conversations(judge_model, which):
+    import torch
+
+    model, tokenizer = judge_model[which]
+    judge = rewards.LocalJudge(model, tokenizer, rows=7)
+    assert [len(reply) == 1 for reply in judge.replies] == [which == 0] * 2
+    rng = random.Random(0)
+    words = "tea warm cup water good leaf".split()
+    items = []
+    for _ in range(8):
+        answer = " ".join(rng.choices(words, k=rng.randint(1, 30)))
+        items += [("Write.", answer, f"Is {rng.choice(words)} {n} there?") for n in range(rng.randint(1, 5))]
+    items.append(("写一段话。", "茶很香。", "语气是否正式？"))
+    rng.shuffle(items)
+
+    def reply_logprob(item, reply):
+        prompt = judge._prompt_ids(*item)
+        with torch.no_grad():
+            logp_TV = model(torch.tensor([prompt + reply])).logits[0].log_softmax(-1)
+        return sum(logp_TV[len(prompt) + i - 1, token].item() for i, token in enumerate(reply))
+
+    slow = [reply_logprob(item, judge.replies[0]) > reply_logprob(item, judge.replies[1]) for item in items]
+    assert judge(items) == slow and judge.asked == len(items) and judge.truncated == 0
+
+
+def test_local_judge_never_cuts_the_question(judge_model):
+    model, tokenizer = judge_model[0]
+    judge = rewards.LocalJudge(model, tokenizer, max_tokens=400)
+    items = [("Write about it.", "start " + "tea " * 500 + "finish", q) for q in ("Is the tea warm?", "Is it polite and long?")]
+    assert len(judge(items)) == 2 and judge.truncated == 1
+    for ids, (*_, question) in zip(judge._fit(*items[0][:2], [q for *_, q in items]), items, strict=True):
+        text = tokenizer.decode(ids)
+        assert len(ids) < 400 and question in text and "start" in text and "finish" in text and "…" in text
+    with pytest.raises(ValueError, match="question"):
+        judge([("a", "b", "Is it " + "very " * 400 + "long?")])
+
+
+def test_endpoint_judge():
+    replies = {"q1": "Yes.", "q2": "no, it is not", "q3": "是", "q4": "perhaps", "q5": None, "q6": "<think>no?</think>\nyes",
+               "q7": "yes and no", "q8": "否", "q9": "The answer is no."}
+
+    def chat(conversations, *, n, max_tokens, temperature, stop, seed):
+        assert (n, temperature) == (1, 0.0)
+        texts = [replies[c[-1]["content"].rsplit(None, 1)[-1]] for c in conversations]
+        return [[SimpleNamespace(text=t)] if t is not None else [] for t in texts]
+
+    judge = rewards.EndpointJudge(chat)
+    items = [("Write {answer}.", "Tea {question}", q) for q in replies]
+    assert judge(items) == [True, False, True, False, False, True, True, False, False]
+    assert judge.asked == 9 and judge.unreadable == 2
+    top = [{" Yes": -0.1, "No": -2.0, "yes": -5.0}]
+    assert rewards.read_verdict(SimpleNamespace(text="No", top_logprobs=top)) is True
+    assert rewards.read_verdict(SimpleNamespace(text="No", top_logprobs=[{"maybe": -1.0}])) is False
+
+
+def test_judge_prompt_keeps_braces_apart():
+    text = rewards.judge_prompt("Use {answer} and {x}.", "A {question}", "Is it?")
+    assert "Use {answer} and {x}." in text and "A {question}" in text and text.rstrip().endswith("Is it?")
+    assert rewards.judge_prompt("写", "茶", "是否正式？").startswith("请")
