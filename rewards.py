@@ -41,7 +41,7 @@ class InputError(ValueError):
 
 
 def read_records(path) -> list[dict]:
-    """Read and validate a record file, one JSON object a line. Unknown fields stay; `depends_on` and `active` are filled in.
+    """Read and validate a record file, one JSON object a line. Unknown fields stay; default fields are filled in.
 
     Raises InputError `FILE:LINE: field 'X': what is wrong; remedy` at the first bad line; nothing is skipped silently.
     """
@@ -140,7 +140,7 @@ TAGS = {"cold": ("<think>", "</think>", "<answer>", "</answer>"), "warm": ("<thi
 def parse_response(text: str, family: str = "cold") -> Parsed:
     """Split a whole assistant turn (pre-filled `<think>` included) into thought and answer.
 
-    format_ok: every tag of the family occurs exactly once, in order. "cold" has think and answer tags, "warm" (R1 style)
+    format_ok: every tag of the family occurs exactly once, in order. "cold" has think and answer tags, "warm" (R1)
     only the think tags. Of a broken turn the most sensible parts are still returned, tags removed.
     """
     if family not in TAGS:
@@ -166,7 +166,7 @@ def parse_response(text: str, family: str = "cold") -> Parsed:
 
 
 def is_placeholder(thought: str) -> bool:
-    """True for a thought without content: blank, only punctuation ("..."), or a slot left as it was ("your thoughts")."""
+    """True for a thought without content: blank, only punctuation ("..."), or a slot such as "your thoughts here"."""
     words = " ".join(re.findall(r"[^\W_]+", thought.lower()))
     return words == "" or words in _phrases()["empty_thoughts"]
 
@@ -396,7 +396,7 @@ def _loads(s: str, strict: bool):
 
 
 def _spans(s: str, opening: str, closing: str) -> list[str]:
-    """What stands between `opening` and the next `closing` on the same line (the lazy regular expression, but linear)."""
+    """What stands between `opening` and the next `closing` on the same line (a lazy regular expression, but linear)."""
     found = []
     for line in s.split("\n"):
         start = line.find(opening)
@@ -455,7 +455,7 @@ def _postscript(s: str, marker: str) -> bool:
     return _find(pattern or marker.lower(), s) > 0
 
 
-# IFEval as its authors score it: id -> verdict of (text, kwargs). tests/test_rewards.py compares with official verdicts.
+# IFEval as its authors score it: id -> verdict of (text, kwargs). Compared with official verdicts in tests/.
 COMPAT: dict[str, Callable[[Text, dict], bool]] = {
     "keywords:existence": lambda t, k: all(_find(w, t.s) for w in k["keywords"]),
     "keywords:frequency": lambda t, k: _relation(_find(k["keyword"].strip(), t.s), k["relation"], k["frequency"]),
@@ -616,7 +616,7 @@ def _unfenced(s: str) -> str:
 
 
 def _is_xml(s: str) -> bool:
-    """Well-formed, without a document type: no entities, nothing to expand. No tree is built, so depth costs nothing."""
+    """Well-formed, without a document type: no entities, nothing to expand; no tree, so depth costs nothing."""
     from xml.parsers import expat
 
     if "<!" in s.replace("<!--", "").replace("<![CDATA[", ""):
@@ -794,7 +794,7 @@ def _rows() -> dict[str, dict]:
 
 
 def _arguments(constraint_id, kwargs) -> dict:
-    """The checked arguments of a constraint, nulls dropped. ValueError: unknown id; missing, unknown or wrong arguments."""
+    """The checked arguments, nulls dropped. ValueError: unknown id; missing, unknown or wrong arguments."""
     if constraint_id not in CHECKS:
         raise ValueError(f"unknown constraint id {constraint_id!r}")
     if not isinstance(kwargs, dict | None):
@@ -816,7 +816,7 @@ def check(constraint_id: str, kwargs: dict, response: str, *, prompt: str = "", 
     """Does `response` (the answer without tags) satisfy the constraint? A blank one never does.
 
     mode "compat" is IFEval's own verdict, "unicode" the same meaning for every script (see the head of the file).
-    ValueError for an unknown id or mode and for missing or wrong arguments (null counts as missing): none is ever drawn.
+    ValueError for an unknown id or mode and for missing or wrong arguments (null is missing): none is ever drawn.
     `prompt` is there for kinds that compare with the instruction; none of the present ones does.
     """
     if mode not in ("compat", "unicode"):
@@ -832,7 +832,7 @@ def _holds(constraint_id: str, kwargs: dict, response: str, mode: str) -> bool:
 
 
 def check_loose(constraint_id: str, kwargs: dict, response: str, *, prompt: str = "", mode: str = "unicode") -> bool:
-    """IFEval's loose verdict: one of eight variants passes (first, last, both lines dropped; each also without asterisks)."""
+    """IFEval's loose verdict: one of eight variants passes (first, last, both lines dropped; all also without *)."""
     if check(constraint_id, kwargs, response, prompt=prompt, mode=mode):
         return True
     lines, kwargs = response.split("\n"), _arguments(constraint_id, kwargs)
@@ -1072,7 +1072,7 @@ def _repair_commas(s, k, rng):
     s = re.sub(r"(?<=\d),(?=\d{3})", "", s)
     s = re.sub(r"(\w+), (\w+),? (and|or) ", r"\1 \3 \2 \3 ", s)  # a, b, and c -> a and b and c
     s = re.sub(r"(?<![^.!?\n]\s)(?<!\S)((?:\w+ ){0,2}\w+),(?= )", r"\1", s)  # First, boil -> First boil
-    s = re.sub(r",(?= (?:and|or|but|so|which|who|where|while|because|such|including|like|as|then|you|it|we|they)\b)", "", s)
+    s = re.sub(r",(?= (?:and|or|but|so|which|who|where|while|because|such|including|like|as|then|you|it|we)\b)", "", s)
     return re.sub(r",(?=\S)", ", ", s).replace(", ", " – ").replace(",", "")
 
 
@@ -1207,6 +1207,7 @@ SAMPLERS: dict[str, Callable] = {
     "punctuation:no_comma": lambda rng, t, prompt: {} if re.search("[,，]", t.s) else None,
 }
 
+
 def _one_per_line(s: str) -> str:
     return "\n".join(" ".join(x.split()) for x in text_of(s).sentences)
 
@@ -1297,7 +1298,7 @@ def _repair_width(s, k, rng):
 
 
 def _append_each(key: str):
-    """Append the bank's sentences with numbers, dates or questions up to the bound; drop such sentences to get below."""
+    """Append the bank's sentences with numbers, dates or questions up to the bound, or drop such sentences."""
     def repair(constraint_id):
         def edit(s, k, rng):
             enough = lambda x: _complies(constraint_id, k, x)  # noqa: E731
@@ -1429,50 +1430,31 @@ SAMPLERS |= {
 
 @dataclass(frozen=True)
 class Constraint:
-    """One kind. check(kwargs, response, prompt="", mode="unicode") -> bool;
-
-    sample(rng, draft, language, prompt="") -> kwargs that fit the draft, or None (repeat_prompt needs the prompt);
-    repair(text, kwargs, rng) -> the text minimally edited so that it passes, or None;
-    conflicts: ids never combined with this one, itself included; order: repairs are applied from low to high.
-    """
+    """One kind of constraint, as an instruction asks for it."""
 
     id: str
-    check: Callable[..., bool]
-    sample: Callable[..., dict | None]
-    repair: Callable[..., str | None]
-    conflicts: frozenset[str]
-    order: int
+    order: int  # repairs are applied from low to high: words, lengths, structure, marks, edges, case, wrappers
+    conflicts: frozenset[str]  # ids never combined with this one, itself included
     wordings: dict[str, list[str]]
     plans: dict[str, list[str]]
     example: dict
 
+    def check(self, kwargs: dict, response: str, **options) -> bool:
+        return check(self.id, kwargs, response, **options)
 
-def _sampler(constraint_id: str) -> Callable[..., dict | None]:
-    def sample(rng: random.Random, draft: str, language: str, prompt: str = "") -> dict | None:
+    def sample(self, rng: random.Random, draft: str, language: str, prompt: str = "") -> dict | None:
+        """Arguments that fit the draft, None if this kind does not (repeat_prompt fits only if given the prompt)."""
         if not draft.strip() or _is_zh(draft) != (language == "zh"):
             return None
-        maker = SAMPLERS.get(constraint_id)
-        return maker(rng, text_of(draft), prompt) if maker else {}
+        return SAMPLERS[self.id](rng, text_of(draft), prompt) if self.id in SAMPLERS else {}
 
-    return sample
-
-
-def _repairer(constraint_id: str) -> Callable[..., str | None]:
-    def repair(text: str, kwargs: dict, rng: random.Random) -> str | None:
-        kwargs = _arguments(constraint_id, kwargs)
-        if not text.strip():
-            return None
-        if _complies(constraint_id, kwargs, text):
-            return text
-        maker = REPAIRS.get(constraint_id)
-        edited = maker(text, kwargs, rng) if maker else None
-        return edited if edited and _complies(constraint_id, kwargs, edited) else None
-
-    return repair
-
-
-def _checker(constraint_id: str) -> Callable[..., bool]:
-    return lambda kwargs, response, **options: check(constraint_id, kwargs, response, **options)
+    def repair(self, text: str, kwargs: dict, rng: random.Random) -> str | None:
+        """The text with the smallest edit that makes it pass, or None."""
+        kwargs = _arguments(self.id, kwargs)
+        if not text.strip() or _complies(self.id, kwargs, text):
+            return text if text.strip() else None
+        edited = REPAIRS[self.id](text, kwargs, rng) if self.id in REPAIRS else None
+        return edited if edited and _complies(self.id, kwargs, edited) else None
 
 
 def _load_constraints() -> dict[str, Constraint]:
@@ -1481,8 +1463,8 @@ def _load_constraints() -> dict[str, Constraint]:
     tags = {i: {i.split(":")[1], *row["tags"]} for i, row in rows.items()}
     conflicts = {i: frozenset(j for j in rows if tags[i] & tags[j] or tags[i] & set(rows[j]["avoids"])
                               or tags[j] & set(rows[i]["avoids"])) for i in rows}
-    return {i: Constraint(i, _checker(i), _sampler(i), _repairer(i), conflicts[i], row["order"], row["wordings"],
-                          row["plans"], row["example"]) for i, row in rows.items()}
+    return {i: Constraint(i, row["order"], conflicts[i], row["wordings"], row["plans"], row["example"])
+            for i, row in rows.items()}
 
 
 CONSTRAINTS: dict[str, Constraint] = _load_constraints()
@@ -1497,7 +1479,8 @@ def compatible(ids) -> bool:
 LANGUAGE_NAMES = {  # English and Chinese name
     "en": "English 英语", "zh": "Chinese 中文", "zh-cn": "Chinese 中文", "zh-tw": "Traditional-Chinese 繁体中文",
     "ja": "Japanese 日语", "ko": "Korean 韩语", "de": "German 德语", "fr": "French 法语", "es": "Spanish 西班牙语",
-    "ru": "Russian 俄语", "it": "Italian 意大利语", "pt": "Portuguese 葡萄牙语", "ar": "Arabic 阿拉伯语", "hi": "Hindi 印地语",
+    "ru": "Russian 俄语", "it": "Italian 意大利语", "pt": "Portuguese 葡萄牙语", "ar": "Arabic 阿拉伯语",
+    "hi": "Hindi 印地语",
 }
 VALUES_ZH = {"at least": "至少", "less than": "少于", "at most": "至多", "exactly": "正好",
              "full": "全角", "half": "半角"}
@@ -1525,8 +1508,8 @@ def _fill(templates: list[str], kwargs: dict, language: str, variant: int) -> st
     return ONE.sub(lambda m: f"1 {m[1]}", text)
 
 
-ONE = re.compile(r"\b1 ((?:[a-zA-Z]+ )?(?:word|sentence|paragraph|time|point|part|section|placeholder|phrase|line|heading|"
-                 r"item|column|row|character|date|number|question|field|figure|box))e?s\b")
+ONE = re.compile(r"\b1 ((?:[a-zA-Z]+ )?(?:word|sentence|paragraph|time|point|part|section|placeholder|phrase|line|"
+                 r"heading|item|column|row|character|date|number|question|field|figure|box))e?s\b")
 
 
 def render(constraint_id: str, kwargs: dict, language: str, variant: int) -> str:
@@ -1582,8 +1565,8 @@ class MathWorker:
         with self.lock:
             if self.process is None or self.process.poll() is not None:
                 self.process = subprocess.Popen(
-                    [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                    text=True, encoding="utf-8")
+                    [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL, text=True, encoding="utf-8")
                 if self._exchange(json.dumps(["1", "1"]), 120.0) != "true":  # loading sympy does not count
                     raise RuntimeError("the math-verify worker does not start; check `python -c 'import math_verify'`")
             reply = self._exchange(json.dumps([gold, answer]), self.deadline)
@@ -1839,7 +1822,7 @@ def score(records, completions, *, judge=None, family="cold", direct=False, mode
     verdicts False. A constraint counts only if all it depends on hold, transitively; inactive ones are never scored.
     direct=True (no-reasoning rollouts): no think check, the answer block or else all after the thought is the answer,
     format 0, total = accuracy. The judge gets all questions of the call at once; ValueError if it is missing.
-    variant: one of VARIANTS. truncated: a flag per completion, for `guards`; with apply_guards a raised guard fails all.
+    variant: one of VARIANTS. truncated: a flag per completion, for `guards`; with apply_guards a raised one fails all.
     """
     truncated = truncated or [False] * len(records)
     questions, parsed_turns = [], []

@@ -1,4 +1,4 @@
-"""Records, parsing, the rule-centric reward, math, judges, guards, and conformance with the official IFEval verdicts."""
+"""Records, parsing, the rule-centric reward, math, judges, guards, and the official IFEval verdicts."""
 
 import gzip
 import json
@@ -25,7 +25,8 @@ def test_ifeval_gpt4_answers(shared):
             unstable = {entry["index"] for entry in row["unstable"]}
             for name, function in (("strict", check), ("loose", check_loose)):
                 verdicts = [function(i, k, row["response"], prompt=prompt["prompt"], mode="compat") for i, k in args]
-                assert all(v == w for n, (v, w) in enumerate(zip(verdicts, row[name], strict=True)) if n not in unstable), row
+                same = [v == w or n in unstable for n, (v, w) in enumerate(zip(verdicts, row[name], strict=True))]
+                assert all(same), row
                 counts[name] += sum(verdicts)
     assert counts == {"strict": 698, "loose": 714}
 
@@ -41,9 +42,9 @@ def test_ifeval_unit_cases(shared):
 def test_ifeval_helper_cases(shared):
     for line in (shared / "conformance/ifeval/unit_cases_util.jsonl").read_text("utf-8").splitlines():
         case, text = json.loads(line), rewards.Text(json.loads(line)["text"])
-        found = {"count_words": lambda t: t.word_runs, "count_sentences": lambda t: len(t.punkt_sentences),
-                 "split_into_sentences": lambda t: [" ".join(x.split()) for x in t.punkt_sentences]}[case["function"]](text)
-        assert found == case["result"], case
+        sentences = [" ".join(sentence.split()) for sentence in text.punkt_sentences]
+        found = {"count_words": text.word_runs, "count_sentences": len(sentences), "split_into_sentences": sentences}
+        assert found[case["function"]] == case["result"], case
 
 
 # ---------------------------------------------------------------- parsing
@@ -171,7 +172,8 @@ def test_variants_and_guards():
 
 @pytest.mark.parametrize("text,gold,value", [
     (r"so \boxed{0.5}", "1/2", 2.0), (r"\boxed{\frac{1}{2}}", "0.5", 2.0), (r"\boxed{41} no, \boxed{42}", "42", 2.0),
-    (r"\boxed{42} no, \boxed{41}", "42", -1.5), ("42", "42", -2.0), (r"\boxed{42", "42", -2.0), (r"\boxed{}", "42", -1.5),
+    (r"\boxed{42} no, \boxed{41}", "42", -1.5), ("42", "42", -2.0), (r"\boxed{42", "42", -2.0),
+    (r"\boxed{}", "42", -1.5),
     (r"\boxed{1,000}", "1000", 2.0), (r"\boxed{\{1,2\}}", r"\{2,1\}", 2.0), (r"\boxed{x^2+2x+1}", "(x+1)^2", 2.0),
     (r"<think>\boxed{42}</think> no tags needed", "42", 2.0), (r"\boxed{\text{Monday}}", "Monday", 2.0),
 ])
@@ -286,7 +288,8 @@ def test_local_judge_equals_two_full_conversations(judge_model, which):
 def test_local_judge_never_cuts_the_question(judge_model):
     model, tokenizer = judge_model[0]
     judge = rewards.LocalJudge(model, tokenizer, max_tokens=400)
-    items = [("Write about it.", "start " + "tea " * 500 + "finish", q) for q in ("Is the tea warm?", "Is it polite and long?")]
+    answer = "start " + "tea " * 500 + "finish"
+    items = [("Write about it.", answer, question) for question in ("Is the tea warm?", "Is it polite and long?")]
     assert len(judge(items)) == 2 and judge.truncated == 1
     for ids, (*_, question) in zip(judge._fit(*items[0][:2], [q for *_, q in items]), items, strict=True):
         text = tokenizer.decode(ids)
@@ -296,8 +299,8 @@ def test_local_judge_never_cuts_the_question(judge_model):
 
 
 def test_endpoint_judge():
-    replies = {"q1": "Yes.", "q2": "no, it is not", "q3": "是", "q4": "perhaps", "q5": None, "q6": "<think>no?</think>\nyes",
-               "q7": "yes and no", "q8": "否", "q9": "The answer is no."}
+    replies = {"q1": "Yes.", "q2": "no, it is not", "q3": "是", "q4": "perhaps", "q5": None,
+               "q6": "<think>no?</think>\nyes", "q7": "yes and no", "q8": "否", "q9": "The answer is no."}
 
     def chat(conversations, *, n, max_tokens, temperature, stop, seed):
         assert (n, temperature) == (1, 0.0)

@@ -3,8 +3,8 @@
     pip download --no-deps lm-eval==0.4.13 && unzip -q lm_eval-*.whl 'lm_eval/tasks/ifeval/*' -d ORACLE
     python tests/bench/bench_checkers.py ORACLE [--repeats 3]
 
-Needs the shared benchmark folder (RAIF_SHARED or ../shared) and, for the official code only, immutabledict (a stand-in is used
-without it). One thread. Both sides get the same texts in turn, caches empty at the start of each repeat; verdicts are compared.
+Needs the shared benchmark folder (RAIF_SHARED or ../shared) and, for the official code, immutabledict (a stand-in is
+used without it). One thread. Both sides get the same texts in turn, with empty caches at the start of each repeat.
 """
 
 import argparse
@@ -75,9 +75,10 @@ def main():
         answers = [json.loads(line) for line in file]
     registry = load_official(args.oracle)
     rewards.check("change_case:english_capital", {}, "LOAD THE TABLES ONCE.", mode="compat")
-    rewards.check("length_constraints:number_sentences", {"num_sentences": 1, "relation": "at least"}, "Yes.", mode="compat")
     official(registry, "change_case:english_capital", {}, "", "LOAD THE TABLES ONCE.", False)
-    official(registry, "length_constraints:number_sentences", {"num_sentences": 1, "relation": "at least"}, "", "Yes.", False)
+    one = {"num_sentences": 1, "relation": "at least"}
+    rewards.check("length_constraints:number_sentences", one, "Yes.", mode="compat")
+    official(registry, "length_constraints:number_sentences", one, "", "Yes.", False)
 
     detect, spent = rewards.detect_language, [0.0]
 
