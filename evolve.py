@@ -83,7 +83,7 @@ class Config:
     weight_3: float = 0.15  # … with three
     keep_easy: float = 0.35  # chance of keeping a constraint that the plain draft already meets
     heldout_share: float = 0.3  # share of the requests that only the held-out file may use
-    uses: int = 2  # training records per request
+    uses: int = 1  # training records per request
     heldout: int = 200  # held-out records of the trained kinds
     ood: int = 100  # held-out records with at least one kind never trained on
     max_words: int = 80  # longest expert answer, in words (1.6 characters a word in Chinese)

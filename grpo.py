@@ -39,16 +39,16 @@ class Config:
     superior_cot: bool = True  # skip prompts on which every reasoning rollout is worse than every direct one (Eq. 7)
     math_ratio: float = 0.2  # math prompts per instruction prompt (the paper's main runs: 1)
     # the scale: a laptop's values
-    steps: int = 30  # rollout batches
+    steps: int = 24  # rollout batches
     prompts: int = 4  # P, prompts a rollout batch, over all processes
     group: int = 6  # G, reasoning rollouts a prompt (math prompts get group + direct of them)
     direct: int = 2  # H, no-reasoning rollouts an instruction prompt
     updates: int = 1  # optimizer steps a rollout batch; the first is exactly on-policy
     bc_batch: int = 4  # expert answers an update
-    max_new_tokens: int = 160  # response limit
+    max_new_tokens: int = 128  # response limit
     max_prompt_tokens: int = 1024  # longer prompts are left out, and counted
     temperature: float = 1.0  # sampling temperature; top-p and top-k stay off
-    lr: float = 1e-5  # peak learning rate
+    lr: float = 3e-5  # peak learning rate
     warmup: float = 0.03  # share of lr_horizon with linear warm-up
     lr_horizon: int = 0  # optimizer steps until the cosine reaches a tenth of the peak; 0 = twice the run
     micro_tokens: int = 1024  # tokens a micro-batch, padding included

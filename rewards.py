@@ -1509,7 +1509,7 @@ def _fill(templates: list[str], kwargs: dict, language: str, variant: int) -> st
 
 
 ONE = re.compile(r"\b1 ((?:[a-zA-Z]+ )?(?:word|sentence|paragraph|time|point|part|section|placeholder|phrase|line|"
-                 r"heading|item|column|row|character|date|number|question|field|figure|box))e?s\b")
+                 r"heading|item|column|row|character|date|number|question|field|figure|box|spot|slot))e?s\b")
 
 
 def render(constraint_id: str, kwargs: dict, language: str, variant: int) -> str:
