@@ -39,7 +39,7 @@ class Config:
     superior_cot: bool = True  # skip prompts on which every reasoning rollout is worse than every direct one (Eq. 7)
     math_ratio: float = 0.2  # math prompts per instruction prompt (the paper's main runs: 1)
     # the scale: a laptop's values
-    steps: int = 24  # rollout batches
+    steps: int = 30  # rollout batches
     prompts: int = 4  # P, prompts a rollout batch, over all processes
     group: int = 6  # G, reasoning rollouts a prompt (math prompts get group + direct of them)
     direct: int = 2  # H, no-reasoning rollouts an instruction prompt
@@ -245,7 +245,7 @@ def prompts_of_step(pools, step: int, cfg: Config) -> list[dict]:
 
 
 def rollout(engine, tokenizer, records: list[dict], step: int, cfg: Config) -> list[dict]:
-    """Reasoning and direct rollouts of these records, scored: one dict a rollout, those of a record side by side."""
+    """Reasoning and direct rollouts of these records: one dict a rollout, those of a record side by side."""
     wanted = []  # (record, mode, number of rollouts)
     for record in records:
         if record["task"] == "math":
@@ -260,19 +260,23 @@ def rollout(engine, tokenizer, records: list[dict], step: int, cfg: Config) -> l
         temperature=cfg.temperature, stop=(),
         seeds=[m.record_seed(cfg.seed, step, f"{record['id']}/{mode}") for record, mode, _ in wanted],
     )
-    samples = [
+    return [
         {"id": record["id"], "task": record["task"], "mode": mode, "prompt_ids": prompt.ids,
          "token_ids": completion.token_ids, "text": prompt.prefill + completion.text,
          "finish_reason": completion.finish_reason, "record": record}
         for (record, mode, _), prompt, group in zip(wanted, prompts, groups, strict=True)
         for completion in group
     ]
+
+
+def score_samples(samples: list[dict], cfg: Config) -> None:
+    """Add `format`, `accuracy`, `reward` (their sum) and `verdicts`; direct ones are scored by their answer alone."""
     for direct in (False, True):
         part = [sample for sample in samples if (sample["mode"] == "direct") == direct]
         scores = score([s["record"] for s in part], [s["text"] for s in part], family=cfg.family, direct=direct)
         for sample, result in zip(part, scores, strict=True):
-            sample.update(format=result.format, accuracy=result.accuracy, reward=result.total, verdicts=result.verdicts)
-    return samples
+            sample.update(format=result.format, accuracy=result.accuracy, reward=result.total,
+                          verdicts=result.verdicts)
 
 
 def assign_advantages(samples: list[dict], cfg: Config) -> None:
@@ -358,6 +362,8 @@ def main():
         engine.sync(policy)
         samples = rollout(engine, tokenizer, prompts_of_step(pools, step, cfg)[rank::world], step, cfg)
         engine.sleep()
+        clock.append(time.time())
+        score_samples(samples, cfg)
         assign_advantages(samples, cfg)
         clock.append(time.time())
 
@@ -387,7 +393,8 @@ def main():
                 stats["bc_loss"] = cloning_backward(policy, cloned, cfg.bc_batch, cfg, dtype)
                 own = own + cloned
             m.sum_gradients(policy.parameters())
-            stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item() / world
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
+            stats["grad_norm"] = grad_norm / world  # the same on every rank; the others below are shares of a sum
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             trained_tokens += sum(len(row.ids) for row in own)
@@ -404,8 +411,8 @@ def main():
         skipped += round((metrics["skip_rate"] or 0.0) * len({s["id"] for s in all_samples if s["mode"] == "direct"}))
         if rank == 0:
             sampled = sum(len(s["token_ids"]) for s in samples)
-            rollout_s, update_s = clock[1] - clock[0], clock[2] - clock[1]
-            metrics.update(rollout_s=round(rollout_s, 2), update_s=round(update_s, 2),
+            rollout_s, scoring_s, update_s = (after - before for before, after in zip(clock, clock[1:], strict=False))
+            metrics.update(rollout_s=round(rollout_s, 2), scoring_s=round(scoring_s, 3), update_s=round(update_s, 2),
                            rollout_tps=round(sampled / rollout_s, 1), update_tps=round(trained_tokens / update_s, 1))
             m.append_jsonl(run / "metrics.jsonl", metrics)
             m.write_jsonl(run / "samples" / f"step-{step:06d}.jsonl",
@@ -417,15 +424,17 @@ def main():
                 f"{metrics['direct_all_met'] or 0:.2f} | format {metrics['format_rate']:.2f} skip "
                 f"{metrics['skip_rate'] or 0:.2f} flat {metrics['flat_groups']:.2f} length "
                 f"{metrics['response_tokens']:.0f} | kl {totals['kl']:.4f} clip {totals['clip_share']:.3f} bc "
-                f"{totals['bc_loss']:.3f} | rollout {rollout_s:.0f} s {metrics['rollout_tps']:.0f} tok/s, update "
-                f"{update_s:.0f} s {metrics['update_tps']:.0f} tok/s | ETA {eta / 60:.0f} min")
+                f"{totals['bc_loss']:.3f} | rollout {rollout_s:.0f} s {metrics['rollout_tps']:.0f} tok/s, "
+                f"scoring {scoring_s:.1f} s, update {update_s:.0f} s {metrics['update_tps']:.0f} tok/s | "
+                f"ETA {eta / 60:.0f} min")
         bar.update()
         if step % 4 == 0:
             m.keep_freed_memory(trim=True)
-        if rank == 0 and (step % cfg.save_every == 0 or step == cfg.steps or stop.is_set()):
+        stopping = stop()
+        if rank == 0 and (step % cfg.save_every == 0 or step == cfg.steps or stopping):
             m.save_checkpoint(run, {"model": policy.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                                     "direct_seen": direct_seen, "skipped": skipped})
-        if stop.is_set() and step < cfg.steps:
+        if stopping and step < cfg.steps:
             raise KeyboardInterrupt
     bar.close()
     if rank == 0:

@@ -15,6 +15,7 @@ import hashlib
 import inspect
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -22,8 +23,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import typing
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +85,8 @@ def launch(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command with --resume continues", file=sys.stderr)
+        print("stopped; the same command with --resume continues (evolve.py and evaluate.py go on without it)",
+              file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
@@ -182,7 +186,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "raif"
 
 
-def load_model(name: str, *, dtype=torch.float32, device=None):
+def load_model(name: str, *, dtype=torch.float32):
     """(model in eval mode, tokenizer) of a hub name, a local folder, or the embedded default `smollm2-135m`.
 
     `dtype` is explicit because transformers otherwise takes the file's: Adam on bf16 weights loses updates of 1e-6.
@@ -203,7 +207,7 @@ def load_model(name: str, *, dtype=torch.float32, device=None):
                          f"a local folder or {DEFAULT_MODEL}") from error
     _register_group_attention()
     model.set_attn_implementation("group_sdpa")
-    return model.to(device or globals()["device"]()).eval(), tokenizer
+    return model.to(device()).eval(), tokenizer
 
 
 def smollm2_folder() -> Path:
@@ -502,6 +506,7 @@ class Completion:
     text: str  # without special tokens; cut before a stop string
     finish_reason: str  # "stop" or "length"
     logprobs: list[float] | None = None  # of each token under the distribution it was sampled from
+    top_logprobs: list[dict[str, float]] | None = None  # a server's alternatives per position: token text -> log p
 
 
 def make_engine(backend: str, model, tokenizer, *, dtype=None):
@@ -718,6 +723,88 @@ def _register_group_attention():
     AttentionMaskInterface.register("group_sdpa", sdpa_mask)
 
 
+# ---------------------------------------------------------------- served models
+
+
+class Endpoint:
+    """Any OpenAI-compatible server: the one client for instruction evolution, evaluation and judges.
+
+    At most `concurrency` requests are under way. 408, 409, 429, 5xx, timeouts, broken connections and replies that are
+    not what the protocol says are tried again, `max_retries` times with growing pauses; then InputError. A finished
+    reply is stored under `cache` by the hash of model and full request, so a second run asks nothing twice.
+    """
+
+    def __init__(self, base_url: str, model: str, *, api_key: str = "", concurrency: int = 16, timeout: float = 120.0,
+                 max_retries: int = 8, cache: str | Path | None = None, top_logprobs: int = 0, progress: str = ""):
+        from openai import OpenAI
+
+        self.base_url, self.model, self.concurrency, self.max_retries = base_url, model, concurrency, max_retries
+        self.cache = Path(cache) if cache else None
+        self.top_logprobs, self.progress = top_logprobs, progress
+        # Retries are ours: the client's own would not cover a reply that is not JSON or lacks its fields.
+        self.client = OpenAI(base_url=base_url, api_key=api_key or os.environ.get("OPENAI_API_KEY", "none"),
+                             timeout=timeout, max_retries=0)
+
+    def chat(self, conversations, *, n=1, max_tokens, temperature=1.0, stop=(), seed=0) -> list[list[Completion]]:
+        """n completions for each conversation (a list of messages), in order."""
+        settings = {"n": n, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        if stop:
+            settings["stop"] = list(stop)
+        if self.top_logprobs:
+            settings |= {"logprobs": True, "top_logprobs": self.top_logprobs}
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            jobs = [pool.submit(self._reply, {"messages": messages, **settings}) for messages in conversations]
+            try:
+                replies = [job.result() for job in tqdm(jobs, desc=self.progress, disable=not self.progress)]
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+        return [[Completion(**choice) for choice in reply] for reply in replies]
+
+    def _reply(self, request: dict) -> list[dict]:
+        """The fields of each choice, from the cache or the server."""
+        from openai import OpenAIError
+
+        full = json.dumps({"model": self.model, **request}, sort_keys=True, ensure_ascii=False)
+        key = hashlib.sha256(full.encode()).hexdigest()
+        stored = self.cache / key[:2] / f"{key}.json" if self.cache else None
+        if stored and stored.exists():
+            return json.loads(stored.read_text("utf-8"))["choices"]
+        for attempt in range(self.max_retries + 1):
+            try:
+                choices = self._ask(request)
+                break
+            except (OpenAIError, ValueError) as error:
+                status = getattr(error, "status_code", None)
+                if status is not None and status not in (408, 409, 429) and status < 500:
+                    raise InputError(f"{self.base_url}: {self.model} refused the request ({error}); check the model "
+                                     "name, the key and the request's length") from error
+                if attempt == self.max_retries:
+                    raise InputError(f"{self.base_url}: no valid reply after {attempt + 1} tries ({error}); check the "
+                                     "server; finished replies are kept in the cache") from error
+                time.sleep(min(30.0, 0.1 * 2**attempt) * (0.5 + random.random()))
+        if stored:
+            write_atomic(stored, json.dumps({"request": json.loads(full), "choices": choices}, ensure_ascii=False))
+        return choices
+
+    def _ask(self, request: dict) -> list[dict]:
+        reply = self.client.chat.completions.create(model=self.model, **request)
+        answered = [choice for choice in getattr(reply, "choices", None) or [] if choice.message]
+        if len(answered) != request["n"]:
+            raise ValueError(f"{len(answered)} choices for n = {request['n']}")
+        choices = []
+        for choice in answered:
+            content = choice.logprobs.content if choice.logprobs else None
+            choices.append({
+                "token_ids": [],  # chat servers send text
+                "text": choice.message.content or "",
+                "finish_reason": "length" if choice.finish_reason == "length" else "stop",
+                "logprobs": [token.logprob for token in content] if content else None,
+                "top_logprobs": [{top.token: top.logprob for top in token.top_logprobs} for token in content]
+                if content else None,
+            })
+        return choices
+
+
 # ---------------------------------------------------------------- run folders
 
 
@@ -790,8 +877,11 @@ def rewind_metrics(folder: Path, step: int) -> None:
     write_jsonl(folder / "metrics.jsonl", rows)
 
 
-def stop_signals() -> threading.Event:
-    """An event that SIGTERM and the first Ctrl-C set: the loop saves after its step. A second Ctrl-C kills."""
+def stop_signals():
+    """A function that tells, on every rank alike, whether SIGTERM or Ctrl-C came: the loop then saves after its step.
+
+    A second Ctrl-C stops at once.
+    """
     stop = threading.Event()
 
     def on_signal(number, frame):
@@ -802,7 +892,7 @@ def stop_signals() -> threading.Event:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-    return stop
+    return lambda: sum_over_ranks(float(stop.is_set())) > 0
 
 
 def warmup_cosine(step: int, total: int, warmup: float, floor: float) -> float:

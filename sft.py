@@ -154,9 +154,10 @@ def main():
         bar.update()
         if step % 8 == 0:
             m.keep_freed_memory(trim=True)
-        if step % cfg.save_every == 0 or position + 1 == updates_per_epoch or stop.is_set():
+        stopping = stop()
+        if step % cfg.save_every == 0 or position + 1 == updates_per_epoch or stopping:
             checkpoint()
-        if stop.is_set():
+        if stopping:
             raise KeyboardInterrupt
     bar.close()
     if rank == 0:

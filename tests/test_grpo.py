@@ -146,6 +146,7 @@ def scored(tiny, reasoning, direct, record=RECORD, **settings):
     cfg = grpo.Config(group=len(reasoning), direct=len(direct), **settings)
     tokenizer = m.load_model(str(tiny))[1]
     samples = grpo.rollout(ScriptedEngine(reasoning, direct), tokenizer, [record], 0, cfg)
+    grpo.score_samples(samples, cfg)
     grpo.assign_advantages(samples, cfg)
     return [s for s in samples if s["mode"] == "cot"], [s for s in samples if s["mode"] == "direct"]
 
@@ -178,6 +179,7 @@ def test_math_takes_all_rollouts_with_reasoning_and_is_never_skipped(tiny):
     tokenizer = m.load_model(str(tiny))[1]
     engine = ScriptedEngine(["x\n</think>\n<answer>\n\\boxed{1}\n</answer>", "\\boxed{7}", "no box"], [])
     samples = grpo.rollout(engine, tokenizer, [record], 0, cfg)
+    grpo.score_samples(samples, cfg)
     grpo.assign_advantages(samples, cfg)
     assert [s["reward"] for s in samples] == [3.0, -2.5, -3.0]
     assert all(s["mode"] == "cot" and s["kept"] for s in samples)
@@ -365,8 +367,9 @@ def toy_task(nouns, count, seed, broken=0.0):
 
 def all_met(folder, records):
     model, tokenizer = m.load_model(str(folder))
-    samples = grpo.rollout(m.make_engine("hf", model, tokenizer), tokenizer, records, 0,
-                           grpo.Config(group=2, direct=0, max_new_tokens=64))
+    cfg = grpo.Config(group=2, direct=0, max_new_tokens=64)
+    samples = grpo.rollout(m.make_engine("hf", model, tokenizer), tokenizer, records, 0, cfg)
+    grpo.score_samples(samples, cfg)
     return sum(s["accuracy"] == 2 for s in samples) / len(samples)
 
 

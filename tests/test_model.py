@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from conftest import CHATML, build_model, double, run_stage
+from conftest import CHATML, build_model, double, make_records, run_stage, write_records
 
 import model as m
 from rewards import InputError
@@ -325,9 +325,13 @@ def test_bad_input_is_one_line_and_exit_code_2(stage, tiny, tmp_path):
     bad.write_text('{"id": "a", "task": "instruction"}\n')
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
+    unknown = write_records(tmp_path / "unknown.jsonl", make_records(2))
+    unknown.write_text(unknown.read_text().replace("english_lowercase", "no_such_kind").replace("no_comma", "nothing")
+                       .replace("keywords:existence", "keywords:none"))
     for flags, words in [
         (["--data", bad, "--model", tiny], ["bad.jsonl:1", "messages"]),
         (["--data", empty, "--model", tiny], ["empty.jsonl"]),
+        (["--data", unknown, "--model", tiny], ["unknown.jsonl:1", "constraints[0]", "unknown"]),
         (["--model", tmp_path / "none"], ["none", "--model"]),
     ]:
         result = run_stage(stage, *flags, "--out", tmp_path / "run", check=False)

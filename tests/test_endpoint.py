@@ -1,0 +1,92 @@
+"""model.Endpoint and rewards.EndpointJudge against a loopback server that fails as real ones do."""
+
+import json
+import random
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+import model as m
+from rewards import EndpointJudge, InputError
+
+
+class Faulty(BaseHTTPRequestHandler):
+    """Answers with the last word of the last message; a share of the requests meets a fault first."""
+
+    share, requests, rng, lock = 0.3, 0, random.Random(0), threading.Lock()
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.lock:
+            type(self).requests += 1
+            faulty = self.rng.random() < self.share
+            fault = self.rng.choice([429, 500, 503, "hang", "garbage", "empty"]) if faulty else 0
+        if fault == "hang":
+            time.sleep(1.0)
+            return
+        if isinstance(fault, int) and fault:
+            return self.send(fault, b'{"error": {"message": "busy"}}')
+        if fault == "garbage":
+            return self.send(200, b'{"choices": [{"mess')
+        if fault == "empty":
+            return self.send(200, b"{}")
+        word = body["messages"][-1]["content"].split()[-1]
+        if word == "forbidden":
+            return self.send(401, b'{"error": {"message": "no key"}}')
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": word}}
+        self.send(200, json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "toy",
+                                   "choices": [choice] * body.get("n", 1)}).encode())
+
+    def send(self, status, payload):
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    Faulty.requests, Faulty.share = 0, 0.3
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}/v1"
+    httpd.shutdown()
+
+
+def talk(word):
+    return [{"role": "user", "content": f"say {word}"}]
+
+
+def test_nothing_is_lost_and_nothing_is_asked_twice(server, tmp_path):
+    endpoint = m.Endpoint(server, "toy", timeout=0.4, cache=tmp_path)
+    words = [f"word{i}" for i in range(60)]
+    first = endpoint.chat([talk(word) for word in words], n=2, max_tokens=8, temperature=0.0, seed=1)
+    assert [[c.text for c in group] for group in first] == [[word, word] for word in words]
+    assert Faulty.requests > 60  # there were faults
+    asked = Faulty.requests
+    assert endpoint.chat([talk(word) for word in words], n=2, max_tokens=8, temperature=0.0, seed=1) == first
+    assert Faulty.requests == asked
+    endpoint.chat([talk("word0")], n=2, max_tokens=9, temperature=0.0, seed=1)  # another request
+    assert Faulty.requests > asked
+
+
+def test_a_refusal_is_an_error_at_once_and_a_dead_server_after_the_retries(server):
+    Faulty.share = 0.0
+    with pytest.raises(InputError, match="refused the request"):
+        m.Endpoint(server, "toy").chat([talk("forbidden")], max_tokens=8)
+    assert Faulty.requests == 1
+    with pytest.raises(InputError, match="no valid reply after 2 tries"):
+        m.Endpoint("http://127.0.0.1:9/v1", "toy", max_retries=1, timeout=1).chat([talk("x")], max_tokens=8)
+
+
+def test_a_served_judge_keeps_the_order_and_counts_what_it_cannot_read(server):
+    judge = EndpointJudge(m.Endpoint(server, "toy", timeout=0.4).chat)
+    # the template ends with the question, so this server echoes its last word
+    verdicts = judge([("request", "answer", f"Answer {word}") for word in ["yes", "no", "perhaps", "yes"]])
+    assert len(verdicts) == 4 and judge.asked == 4
