@@ -428,8 +428,7 @@ def main():
                 f"scoring {scoring_s:.1f} s, update {update_s:.0f} s {metrics['update_tps']:.0f} tok/s | "
                 f"ETA {eta / 60:.0f} min")
         bar.update()
-        if step % 4 == 0:
-            m.keep_freed_memory(trim=True)
+        m.keep_freed_memory(trim=True)
         stopping = stop()
         if rank == 0 and (step % cfg.save_every == 0 or step == cfg.steps or stopping):
             m.save_checkpoint(run, {"model": policy.state_dict(), "optimizer": optimizer.state_dict(), "step": step,

@@ -443,13 +443,14 @@ def pad_right(rows: list[list[int]], value: int = 0) -> tuple[torch.Tensor, torc
 def row_logprobs(model, packs, dtype=torch.float32, temperature: float = 1.0):
     """(logp_BR, mask_BR) of packs of rows (token ids, response start); R the longest response."""
     rows = [row for pack in packs for row in pack]
+    chunk = 1024 if torch.cuda.is_available() else 256  # logits of 256 tokens × 49,152: 50 MB at a time on a laptop
     with autocast(dtype):
         if len(rows) > len(packs):
-            logp_BR = packed_logprobs(model, packs, temperature=temperature)
+            logp_BR = packed_logprobs(model, packs, temperature=temperature, chunk=chunk)
         else:
             ids_BT, mask_BT = pad_right([ids for ids, _ in rows])
             start_B = torch.tensor([start for _, start in rows], device=ids_BT.device)
-            logp_BR = token_logprobs(model, ids_BT, mask_BT, start_B, temperature=temperature)
+            logp_BR = token_logprobs(model, ids_BT, mask_BT, start_B, temperature=temperature, chunk=chunk)
     lengths_B = torch.tensor([len(ids) - start for ids, start in rows], device=logp_BR.device)
     return logp_BR, torch.arange(logp_BR.shape[1], device=logp_BR.device) < lengths_B[:, None]
 

@@ -152,7 +152,7 @@ def main():
             m.append_jsonl(run / "metrics.jsonl", row)
         bar.set_postfix_str(f"loss {row['loss']:.3f}")
         bar.update()
-        if step % 8 == 0:
+        if step % 5 == 0:
             m.keep_freed_memory(trim=True)
         stopping = stop()
         if step % cfg.save_every == 0 or position + 1 == updates_per_epoch or stopping:
