@@ -374,7 +374,7 @@ def all_met(folder, records):
 
 
 def test_reinforcement_learning_raises_the_reward(tmp_path):
-    train = toy_task(NOUNS[:8], 400, seed=0, broken=0.5)
+    train = toy_task(NOUNS, 400, seed=0, broken=0.5)
     data = write_records(tmp_path / "train.jsonl", train)
     texts = [r["messages"][0]["content"] + r["expert"] for r in train]
     prompt_text = (m.data_dir / "prompts" / "cot.en.txt").read_text()
@@ -382,12 +382,12 @@ def test_reinforcement_learning_raises_the_reward(tmp_path):
     build_model(len(tokenizer), hidden=128).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     threads = {"OMP_NUM_THREADS": "2"}
-    run_stage("sft.py", "--model", tmp_path / "base", "--data", data, "--epochs", 6, "--batch-size", 16, "--lr", 2e-3,
+    run_stage("sft.py", "--model", tmp_path / "base", "--data", data, "--epochs", 8, "--batch-size", 16, "--lr", 2e-3,
               "--precision", "fp32", "--out", tmp_path / "sft", **threads)
     run_stage("grpo.py", "--model", tmp_path / "sft/model", "--data", data, "--steps", 40, "--prompts", 8, "--group", 8,
               "--direct", 0, "--no-superior-cot", "--bc-coef", 0, "--math-ratio", 0, "--lr", 5e-4,
               "--max-new-tokens", 64, "--precision", "fp32", "--save-every", 100, "--out", tmp_path / "rl", **threads)
-    heldout = toy_task(NOUNS[8:], 96, seed=1)
+    heldout = toy_task(NOUNS, 96, seed=1)
     before, after = all_met(tmp_path / "sft/model", heldout), all_met(tmp_path / "rl/model", heldout)
     assert after > before + 0.1, (before, after)
     assert math.isfinite(m.read_jsonl(tmp_path / "rl" / "metrics.jsonl")[-1]["kl"])
