@@ -24,6 +24,7 @@ import threading
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -688,10 +689,9 @@ def _valid_dates(s: str) -> int:
 
     count = 0
     for y, m, d in re.findall(r"(?<![\w-])(\d{4})-(\d\d)-(\d\d)(?![\w-])", s, re.ASCII):
-        try:
-            count += bool(date(int(y), int(m), int(d)))
-        except ValueError:
-            pass  # 30 February
+        with suppress(ValueError):  # 30 February
+            date(int(y), int(m), int(d))
+            count += 1
     return count
 
 
