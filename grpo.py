@@ -37,14 +37,14 @@ class Config:
     kl_coef: float = 0.001  # weight of the k3 KL to the initial policy; 0 = no reference model
     bc_coef: float = 1.0  # λ of the behaviour-cloning term (Eq. 8); 0 = off
     superior_cot: bool = True  # skip prompts on which every reasoning rollout is worse than every direct one (Eq. 7)
-    math_ratio: float = 0.2  # math prompts per instruction prompt (the paper's main runs: 1)
+    math_ratio: float = 0.1  # math prompts per instruction prompt (the paper's main runs: 1)
     # the scale: a laptop's values
-    steps: int = 30  # rollout batches
+    steps: int = 36  # rollout batches
     prompts: int = 4  # P, prompts a rollout batch, over all processes
     group: int = 6  # G, reasoning rollouts a prompt (math prompts get group + direct of them)
     direct: int = 2  # H, no-reasoning rollouts an instruction prompt
     updates: int = 1  # optimizer steps a rollout batch; the first is exactly on-policy
-    bc_batch: int = 4  # expert answers an update
+    bc_batch: int = 24  # expert answers an update; the paper has one per reasoning rollout
     max_new_tokens: int = 128  # response limit
     max_prompt_tokens: int = 1024  # longer prompts are left out, and counted
     temperature: float = 1.0  # sampling temperature; top-p and top-k stay off

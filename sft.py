@@ -29,7 +29,7 @@ class Config:
     out: str = "runs/sft"  # run folder
     family: Literal["cold", "warm"] = "cold"  # answer format: think and answer tags, or think tags alone (R1 style)
     max_examples: int = 0  # train on the first N examples only; 0 = all
-    epochs: int = 2  # passes over the training split
+    epochs: int = 3  # passes over the training split
     batch_size: int = 8  # sequences an update, over all processes
     lr: float = 1e-4  # peak learning rate
     warmup: float = 0.05  # share of all updates with linear warm-up; then cosine
