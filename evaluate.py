@@ -3,6 +3,7 @@
     python evaluate.py                                             rows I/O, CoT, SFT, Ours on the held-out prompts
     python evaluate.py --model runs/grpo/model --label Ours        one row; the report is rebuilt from all rows there
     python evaluate.py --method sdc --benchmarks my_records.jsonl  another inference method, another record file
+    python evaluate.py --judge MODEL --judge-agreement FILE        accuracy, precision, recall, kappa of a judge
 
 Decoding is greedy with one token limit for all rows. Thought and tags are removed before scoring; an answer with a
 broken format counts as a format failure and is scored on what is left of it. Every share comes with its n and a
@@ -30,9 +31,12 @@ from model import (
     append_jsonl,
     compute_dtype,
     data_dir,
+    gather_objects,
+    init_distributed,
     launch,
     load_model,
     make_engine,
+    make_judge,
     open_run,
     pad_right,
     parse_flags,
@@ -62,6 +66,9 @@ class Config:
     ours_model: str = "runs/grpo/model"  # model of the row Ours
     family: str = "cold"  # answer format: cold (think and answer tags) or warm (think tags only)
     max_new_tokens: int = 160  # token limit of every generated turn, the same for all rows of a report
+    judge: str = ""  # model that answers yes/no questions: as for --model, or the name it is served under
+    judge_url: str = ""  # OpenAI-compatible server of the judge, e.g. http://localhost:8000/v1 (default: load it here)
+    judge_agreement: str = ""  # JSONL of {instruction, answer, question, label: true|false}: measure the judge on it
     limit: int = 0  # evaluate only this many records, spread evenly over the file (0 = all)
     chunk: int = 64  # prompts generated between two writes of the row file; a killed run loses at most these
     resume: bool = True  # reuse the answers a row already has; --no-resume generates them anew
@@ -152,6 +159,37 @@ def bootstrap(values_NK, weights_NK=None, *, resamples=10000, seed=0):
 def spread(items, n):
     """`n` of the items at even distances (all of them if there are fewer)."""
     return [items[k * len(items) // n] for k in range(n)] if n < len(items) else list(items)
+
+
+# ---------------------------------------------------------------- how good a judge is
+
+
+def judge_agreement(judge, path, limit=0):
+    """Verdicts of a judge against labels: ({accuracy, precision, recall, kappa, n …}, rows with `verdict` added).
+
+    Positive is yes. An unreadable verdict counts as no, and in `unreadable`. kappa is Cohen's; a rate is None where
+    its denominator is 0.
+    """
+    rows = []
+    for number, row in rewards.json_lines(path):
+        for field, kind, form in (("instruction", str, "a text"), ("answer", str, "a text"),
+                                  ("question", str, "a yes/no question"), ("label", bool, "true or false")):
+            if not isinstance(row, dict) or not isinstance(row.get(field), kind):
+                raise InputError(f"{path}:{number}: field {field!r}: missing or of another type; give {form}")
+        rows.append(row)
+    rows = spread(rows, limit or len(rows))
+    verdict_N = np.array(judge([(row["instruction"], row["answer"], row["question"]) for row in rows]))
+    label_N = np.array([row["label"] for row in rows])
+
+    def ratio(part, whole):
+        return float(part / whole) if whole else None
+
+    both, agreed = (verdict_N & label_N).sum(), (verdict_N == label_N).mean()
+    chance = verdict_N.mean() * label_N.mean() + (1 - verdict_N.mean()) * (1 - label_N.mean())
+    report = {"accuracy": float(agreed), "precision": ratio(both, verdict_N.sum()),
+              "recall": ratio(both, label_N.sum()), "kappa": ratio(agreed - chance, 1 - chance), "n": len(rows),
+              "labelled_yes": int(label_N.sum()), "judged_yes": int(verdict_N.sum()), "unreadable": judge.unreadable}
+    return report, [{**row, "verdict": bool(verdict)} for row, verdict in zip(rows, verdict_N, strict=True)]
 
 
 # ---------------------------------------------------------------- producing a row
@@ -252,20 +290,29 @@ def sdc_messages(record, thought):
 
 
 def answer_row(cfg, label, model_name, method, records, benchmark, load):
-    """Complete one row, chunk by chunk. `load(name)` gives (model, tokenizer, engine), only when needed."""
-    settings, items = open_row(cfg, label, model_name, method, benchmark)
+    """Complete one row, chunk by chunk. `load(name)` gives (model, tokenizer, engine), only when needed.
+
+    The ranks of torchrun share each chunk; rank 0 reads and writes.
+    """
+    rank, world = init_distributed()
+    opened = open_row(cfg, label, model_name, method, benchmark) if rank == 0 else None
+    settings, items = gather_objects([opened])[0]
     items_file, settings_file = row_files(cfg.run, label)
     done = {item["id"] for item in items}
     todo = [record for record in records if record["id"] not in done]
-    with tqdm(total=len(records), initial=len(done), desc=label, unit="prompt") as bar:
+    with tqdm(total=len(records), initial=len(done), desc=label, unit="prompt", disable=rank > 0) as bar:
         for start in range(0, len(todo), cfg.chunk):
             _, tokenizer, engine = load(model_name)
             began = time.perf_counter()
             chunk = todo[start : start + cfg.chunk]
-            for item in answer_chunk(engine, tokenizer, chunk, method, cfg):
-                append_jsonl(items_file, item)
-            settings["seconds"] += time.perf_counter() - began
-            write_atomic(settings_file, json.dumps(settings, indent=1))
+            own = chunk[rank::world]
+            answered = gather_objects(answer_chunk(engine, tokenizer, own, method, cfg) if own else [])
+            if rank == 0:
+                answered = {item["id"]: item for item in answered}
+                for record in chunk:
+                    append_jsonl(items_file, answered[record["id"]])
+                settings["seconds"] += time.perf_counter() - began
+                write_atomic(settings_file, json.dumps(settings, indent=1))
             bar.update(len(chunk))
 
 
@@ -488,6 +535,14 @@ def write_report(cfg, records, rows, benchmark_path):
 
 def main(argv=None):
     cfg = parse_flags(Config, argv)
+    if cfg.judge_agreement:
+        judge = make_judge(cfg.judge, cfg.judge_url, precision=cfg.precision, cache=Path(cfg.run) / "judge_cache")
+        if judge is None:
+            raise InputError("--judge-agreement: which judge? give --judge MODEL, with --judge-url if it is served")
+        agreement, verdicts = judge_agreement(judge, cfg.judge_agreement, cfg.limit)
+        write_jsonl(Path(cfg.run) / "judge_agreement.jsonl", verdicts)
+        print(json.dumps({"judge": cfg.judge, **agreement}))
+        return
     path = Path(cfg.benchmarks or "runs/evolve/heldout.jsonl")
     if not cfg.benchmarks and not path.exists():
         print(f"{path} is not there (evolve.py writes it): evaluating on the shipped {data_dir.name}/heldout.jsonl")
@@ -504,6 +559,7 @@ def main(argv=None):
                 raise InputError(f"{model}: no model there; run python {stage} first, or give --model for one row")
         jobs = [("I/O", cfg.base_model, "io"), ("CoT", cfg.base_model, "cot"),
                 ("SFT", cfg.sft_model, "cot"), ("Ours", cfg.ours_model, "cot")]
+    rank, _ = init_distributed()
     open_run(cfg.run, cfg, resume=True)
 
     loaded = {}
@@ -512,11 +568,16 @@ def main(argv=None):
         if name not in loaded:
             loaded.clear()  # one model in memory at a time
             model, tokenizer = load_model(name, dtype=compute_dtype(cfg.precision))
-            loaded[name] = model, tokenizer, make_engine(cfg.engine, model, tokenizer)
+            engine = make_engine(cfg.engine, model, tokenizer, source=name, max_length=4096 + cfg.max_new_tokens)
+            engine.wake()
+            engine.sync(model)
+            loaded[name] = model, tokenizer, engine
         return loaded[name]
 
     for label, model, method in jobs:
         answer_row(cfg, label, model, method, records, sha, load)
+    if rank:
+        return
     wanted = {"benchmark": sha, "limit": cfg.limit, "max_new_tokens": cfg.max_new_tokens}
     rows = read_rows(cfg.run, records, wanted)
     add_perplexity(cfg, records, rows, load)

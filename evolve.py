@@ -27,6 +27,8 @@ import rewards
 from model import (
     compute_dtype,
     data_dir,
+    gather_objects,
+    init_distributed,
     launch,
     load_model,
     make_engine,
@@ -52,7 +54,6 @@ LAPTOP_KINDS = (  # few enough for a 135M model to learn from some 250 answers; 
 )
 OOD_KINDS = (  # never in train.jsonl: what is learned about the other kinds has to carry over to these
     "keywords:frequency",
-    "keywords:forbidden_words",
     "keywords:letter_frequency",
     "length_constraints:number_sentences",
     "length_constraints:number_words",
@@ -98,14 +99,8 @@ def read_seeds(cfg: Config) -> list[dict]:
     files["both"] = files["en"] + files["zh"]
     seeds, first_seen = [], {}
     for path in [Path(cfg.seeds)] if cfg.seeds else files[cfg.language]:
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; give --seeds a JSONL file of requests")
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        for number, seed in rewards.json_lines(path):
             where = f"{path}:{number}"
-            try:
-                seed = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{where}: not a JSON object ({error}); one object per line is expected") from error
             if not isinstance(seed, dict):
                 raise InputError(f"{where}: not a JSON object; one object per line is expected")
             if seed.get("language") not in ("en", "zh"):
@@ -120,8 +115,6 @@ def read_seeds(cfg: Config) -> list[dict]:
             first_seen[seed["id"]] = where
             if cfg.language in (seed["language"], "both"):
                 seeds.append(seed)
-        if not first_seen:
-            raise InputError(f"{path}: no requests in it; give --seeds a JSONL file with one request per line")
     if not seeds:
         raise InputError(f"{cfg.seeds}: no request in language {cfg.language!r}; change --language")
     return seeds
@@ -175,22 +168,27 @@ def local_generator(cfg: Config):
 def write_drafts(seeds: list[dict], cfg: Config, folder: Path) -> dict[str, str]:
     """Seed id -> the local model's whole answer to the plain request; a request that brings a draft keeps it.
 
-    Chunks finished by an earlier run are read from drafts.jsonl. A chunk's key covers all that shapes its texts (in
-    bf16 the neighbours in the batch too), so that a resumed run and an uninterrupted one write the same files.
+    The ranks of torchrun share each chunk. Chunks finished by an earlier run are read from drafts.jsonl. A chunk's key
+    covers all that shapes its texts (in bf16 the neighbours in the batch too), so that a resumed run and an
+    uninterrupted one write the same files.
     """
     pending = sorted((s for s in seeds if not s.get("draft")), key=lambda s: (len(s["text"]), s["id"]))
     drafts = {s["id"]: s["draft"] for s in seeds if s.get("draft")}
     cache = {row["key"]: row for row in read_jsonl(folder / "drafts.jsonl")}
-    generate = None
-    for start in tqdm(range(0, len(pending), CHUNK), desc="drafts", unit="chunk", disable=not pending):
+    generate, (rank, world) = None, init_distributed()
+    for start in tqdm(range(0, len(pending), CHUNK), desc="drafts", unit="chunk", disable=not pending or rank > 0):
         chunk = pending[start : start + CHUNK]
-        settings = [cfg.model, cfg.precision, cfg.draft_tokens, cfg.temperature, cfg.seed, [s["text"] for s in chunk]]
+        settings = [cfg.model, cfg.precision, cfg.draft_tokens, cfg.temperature, cfg.seed, world,
+                    [s["text"] for s in chunk]]
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         if key not in cache:
             generate = generate or local_generator(cfg)
-            texts = generate([s["text"] for s in chunk], [record_seed(cfg.seed, 0, s["id"]) for s in chunk])
-            cache[key] = {"key": key, "drafts": {s["id"]: text for s, text in zip(chunk, texts, strict=True)}}
-            write_jsonl(folder / "drafts.jsonl", cache.values())
+            own = chunk[rank::world]
+            texts = generate([s["text"] for s in own], [record_seed(cfg.seed, 0, s["id"]) for s in own]) if own else []
+            written = dict(gather_objects([(s["id"], text) for s, text in zip(own, texts, strict=True)]))
+            cache[key] = {"key": key, "drafts": {s["id"]: written[s["id"]] for s in chunk}}
+            if rank == 0:
+                write_jsonl(folder / "drafts.jsonl", cache.values())
         drafts |= cache[key]["drafts"]
     return drafts
 
@@ -541,6 +539,7 @@ def report(funnel, files: dict[str, list[dict]]) -> str:
 
 def main(argv=None):
     cfg = parse_flags(Config, argv)
+    rank, _ = init_distributed()
     folder = open_run(cfg.out, cfg, resume=True)
     funnel = {step: Counter() for step in ("requests", "drafts", "train", "held-out", "ood")}
 
@@ -549,6 +548,8 @@ def main(argv=None):
     seeds = seeds[: cfg.limit or None]
 
     plain = write_drafts(seeds, cfg, folder)
+    if rank:
+        return  # the rest takes seconds
     usable = []
     for seed in seeds:
         draft, reason = cut_draft(plain[seed["id"]], seed["language"], cfg.draft_words)

@@ -2,7 +2,7 @@
 
     python grpo.py                                             # SmolLM2-135M from runs/sft/model, about 15 minutes
     torchrun --standalone --nproc-per-node 2 grpo.py           # the same gradient from two processes
-    torchrun --nproc-per-node 4 grpo.py --preset paper-1.5b --model Qwen/Qwen2.5-1.5B-Instruct --data FILE
+    torchrun --nproc-per-node 4 grpo.py --preset paper-1.5b --records FILE
     python grpo.py --resume                                    # go on after a kill: bit for bit the same weights on CPU
 
 The way of one prompt: record -> prompt ids -> G reasoning + H direct rollouts -> scores -> rewards_PG, keep_P,
@@ -15,6 +15,7 @@ import math
 import random
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,15 +30,24 @@ from rewards import InputError, read_records, score
 @dataclass
 class Config:
     model: str = "runs/sft/model"  # initial policy and reference policy; the paper's rows start from an instruct model
-    data: str = "runs/evolve/train.jsonl"  # records; data/train.jsonl if evolve.py never ran
+    records: str = "runs/evolve/train.jsonl"  # record file; data/train.jsonl if evolve.py never ran
+    data: Literal["mixed", "complex", "math"] = "mixed"  # which of its records: both at math_ratio, or one kind alone
     out: str = "runs/grpo"  # run folder
     family: Literal["cold", "warm"] = "cold"  # answer format: think and answer tags, or think tags alone (R1 style)
+    judge: str = ""  # model that answers the records' judge questions; the paper's is Qwen/Qwen2.5-7B-Instruct
+    judge_url: str = ""  # OpenAI-compatible server of the judge, e.g. http://localhost:8000/v1 (default: load it here)
     # the objective: the paper's values
     clip_eps: float = 0.2  # ε of the clipped surrogate
     kl_coef: float = 0.001  # weight of the k3 KL to the initial policy; 0 = no reference model
     bc_coef: float = 1.0  # λ of the behaviour-cloning term (Eq. 8); 0 = off
     superior_cot: bool = True  # skip prompts on which every reasoning rollout is worse than every direct one (Eq. 7)
     math_ratio: float = 0.1  # math prompts per instruction prompt (the paper's main runs: 1)
+    # variants; the defaults are the paper's
+    loss: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # weight of a token: 1/its row, 1/all tokens, 1/the length limit
+    clip_high: float = 0.0  # ε above 1 (DAPO's clip-higher); 0 = clip_eps
+    advantage: Literal["group_norm", "mean_only", "none"] = "group_norm"  # (R − mean) / std, R − mean, or R itself
+    reward: Literal["raif", "fraction", "all", "rules_x_judge"] = "raif"  # accuracy part: see rewards.VARIANTS
+    code_only: bool = False  # leave out judge constraints, and records that have no others
     # the scale: a laptop's values
     steps: int = 36  # rollout batches
     prompts: int = 4  # P, prompts a rollout batch, over all processes
@@ -53,8 +63,13 @@ class Config:
     lr_horizon: int = 0  # optimizer steps until the cosine reaches a tenth of the peak; 0 = twice the run
     micro_tokens: int = 1024  # tokens a micro-batch, padding included
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic; master weights are float32
-    engine: Literal["hf", "vllm"] = "hf"  # rollout engine
+    engine: Literal["hf", "vllm"] = "hf"  # rollout engine; vllm: CUDA only, under torchrun
+    engine_share: float = 0.4  # part of the GPU memory that vllm may take
+    shard: bool = False  # FSDP2: weights, gradients and optimizer split over all processes
+    offload: Literal["none", "reference", "all"] = "none"  # with --shard: keep reference, or all, in host memory
+    activation_checkpointing: bool = False  # compute activations again in the backward pass: less memory, slower
     save_every: int = 10  # steps between checkpoints
+    keep: int = 1  # checkpoints kept; the model with the best rewards since the save before is kept in RUN/best
     seed: int = 0  # of data order and sampling
     resume: bool = False  # continue from RUN/checkpoint
 
@@ -64,7 +79,7 @@ _PAPER = dict(steps=2000, prompts=32, updates=2, bc_batch=128, max_new_tokens=40
               math_ratio=1.0, micro_tokens=16_384, save_every=50)
 PRESETS = {
     "paper-1.5b": dict(model="Qwen/Qwen2.5-1.5B-Instruct", **_PAPER),
-    "paper-7b": dict(model="Qwen/Qwen2.5-7B-Instruct", **_PAPER),
+    "paper-7b": dict(model="Qwen/Qwen2.5-7B-Instruct", shard=True, activation_checkpointing=True, **_PAPER),
 }
 
 
@@ -96,12 +111,13 @@ def superior_cot_mask(reasoning_PG: torch.Tensor, direct_PH: torch.Tensor) -> to
 
 
 def grpo_loss(logp_BT, old_logp_BT, ref_logp_BT, advantages_B, mask_BT, *, clip_eps=0.2, kl_coef=0.001,
-              normalizer=None):
+              normalizer=None, clip_high=None, row_length=None):
     """Clipped surrogate + k3 KL: the sum over rows of each row's token mean, divided by `normalizer` (None = B).
 
     mask_BT: True on response tokens. The trainer passes the row count of the whole optimizer step over all ranks, so
     that micro-batches and ranks add up to the same gradient. A row with an empty mask contributes 0. ref_logp_BT may
     be None when kl_coef is 0. -> (loss, stats); the stats are normalised like the loss and add up like it.
+    Variants: clip_high, another ε above 1; row_length, what every row's token sum is divided by instead of its length.
     """
     mask_BT = mask_BT.bool()
     normalizer = len(logp_BT) if normalizer is None else normalizer
@@ -109,12 +125,14 @@ def grpo_loss(logp_BT, old_logp_BT, ref_logp_BT, advantages_B, mask_BT, *, clip_
     log_ratio_BT = torch.where(mask_BT, logp_BT - old_logp_BT.detach(), 0.0)
     advantages_B1 = advantages_B[:, None]
 
+    length_B = row_length or mask_BT.sum(1).clamp(min=1)
+
     def row_mean_sum(values_BT):
-        return (torch.where(mask_BT, values_BT, 0.0).sum(1) / mask_BT.sum(1).clamp(min=1)).sum() / normalizer
+        return (torch.where(mask_BT, values_BT, 0.0).sum(1) / length_B).sum() / normalizer
 
     # L_policy = −mean_i mean_t min(ρ A, clip(ρ, 1−ε, 1+ε) A), ρ = π_θ / π_old
     ratio_BT = log_ratio_BT.exp()
-    clipped_BT = ratio_BT.clamp(1 - clip_eps, 1 + clip_eps)
+    clipped_BT = ratio_BT.clamp(1 - clip_eps, 1 + (clip_high or clip_eps))
     policy_loss = row_mean_sum(-torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1))
 
     # L_KL = mean_i mean_t (exp(−Δ) − 1 + Δ), Δ = log π_θ − log π_ref  (k3: unbiased, never negative)
@@ -134,39 +152,42 @@ class Row:
 
     ids: list[int]  # prompt and response
     start: int  # index of the first response token
-    advantage: float
-    old_logp: torch.Tensor | None = None  # (R,) under the policy that sampled it; None: it is the current policy
+    advantage: float = 0.0
+    old_logp: torch.Tensor | None = None  # (R,) under the policy that sampled it, by the trainer's own arithmetic
+    sampled_logp: list[float] | None = None  # the same by the engine's: only compared
 
 
 def policy_backward(policy, reference, rows: list[Row], normalizer: int, cfg: Config, dtype) -> dict:
     """Accumulate the gradient of L_policy + kl_coef · L_KL over these rows; returns the summed stats."""
-    totals = {"policy_loss": 0.0, "kl": 0.0, "clip_share": 0.0}
-    for packs in m.micro_batches(rows, cfg.micro_tokens):
+    totals = Counter()
+    for packs, weight in m.equal_counts(m.micro_batches(rows, cfg.micro_tokens), [[Row([0, 0], 1)]]):
         batch, pairs = flatten(packs)
         ref_logp_BR = None
         if reference is not None:
             with torch.no_grad():
                 ref_logp_BR, _ = m.row_logprobs(reference, pairs, dtype, cfg.temperature)
         logp_BR, mask_BR = m.row_logprobs(policy, pairs, dtype, cfg.temperature)
-        old_logp_BR = logp_BR.detach()
-        if batch[0].old_logp is not None:
-            old_logp_BR = torch.zeros_like(old_logp_BR)
-            for b, row in enumerate(batch):
-                old_logp_BR[b, : len(row.old_logp)] = row.old_logp
+        if batch[0].old_logp is None:  # the first update of a rollout batch is exactly on-policy
+            keep_logprobs(batch, logp_BR, mask_BR)
+        old_logp_BR = torch.zeros_like(logp_BR)
+        old_logp_BR[mask_BR] = torch.cat([row.old_logp for row in batch])
         advantages_B = torch.tensor([row.advantage for row in batch], dtype=logp_BR.dtype, device=logp_BR.device)
-        loss, stats = grpo_loss(logp_BR, old_logp_BR, ref_logp_BR, advantages_B, mask_BR,
-                                clip_eps=cfg.clip_eps, kl_coef=cfg.kl_coef, normalizer=normalizer)
-        loss.backward()
-        totals = {name: totals[name] + stats[name] for name in totals}
+        loss, stats = grpo_loss(logp_BR, old_logp_BR, ref_logp_BR, advantages_B, mask_BR, clip_eps=cfg.clip_eps,
+                                kl_coef=cfg.kl_coef, normalizer=normalizer, clip_high=cfg.clip_high,
+                                row_length={"grpo": None, "dapo": 1, "dr_grpo": cfg.max_new_tokens}[cfg.loss])
+        (weight * loss).backward()
+        lengths = [pack[0].start + sum(len(row.ids) - row.start for row in pack) for pack in packs]
+        stats |= {"tokens": sum(lengths), "slots": len(lengths) * max(lengths)}
+        totals.update({name: weight * value for name, value in stats.items()})
     return totals
 
 
 def cloning_backward(policy, rows: list[Row], normalizer: int, cfg: Config, dtype) -> float:
     """Accumulate the gradient of λ · mean_i mean_t −log π_θ(ỹ|x̃) (Eq. 8) over expert rows; returns the BC loss."""
     total = 0.0
-    for packs in m.micro_batches(rows, cfg.micro_tokens):
+    for packs, weight in m.equal_counts(m.micro_batches(rows, cfg.micro_tokens), [[Row([0, 0], 1)]]):
         logp_BR, mask_BR = m.row_logprobs(policy, flatten(packs)[1], dtype)
-        loss = -(logp_BR.sum(1) / mask_BR.sum(1)).sum() / normalizer
+        loss = -weight * (logp_BR.sum(1) / mask_BR.sum(1)).sum() / normalizer
         (cfg.bc_coef * loss).backward()
         total += loss.item()
     return total
@@ -175,11 +196,28 @@ def cloning_backward(policy, rows: list[Row], normalizer: int, cfg: Config, dtyp
 @torch.no_grad()
 def store_old_logprobs(policy, rows: list[Row], cfg: Config, dtype) -> None:
     """Fill in old_logp: the sampling policy's log-probabilities, needed once the policy moves on."""
-    for packs in m.micro_batches(rows, cfg.micro_tokens):
+    for packs, _ in m.equal_counts(m.micro_batches(rows, cfg.micro_tokens), [[Row([0, 0], 1)]]):
         batch, pairs = flatten(packs)
-        logp_BR, mask_BR = m.row_logprobs(policy, pairs, dtype, cfg.temperature)
-        for row, logp_R, mask_R in zip(batch, logp_BR, mask_BR, strict=True):
-            row.old_logp = logp_R[mask_R]
+        keep_logprobs(batch, *m.row_logprobs(policy, pairs, dtype, cfg.temperature))
+
+
+def keep_logprobs(batch: list[Row], logp_BR, mask_BR) -> None:
+    for row, logp_R, mask_R in zip(batch, logp_BR.detach(), mask_BR, strict=True):
+        row.old_logp = logp_R[mask_R]
+
+
+def engine_mismatch(rows: list[Row]) -> dict:
+    """|Δ|, its maximum and KL(engine ‖ trainer) in nats a token, over all ranks; Δ = trainer − engine log-probability.
+
+    They differ by arithmetic alone (kernels, bf16); growing figures mean that the engine runs on other weights.
+    """
+    gaps = [row.old_logp.float().cpu() - torch.tensor(row.sampled_logp) for row in rows if row.old_logp is not None]
+    gap_N = torch.cat(gaps or [torch.zeros(0)])
+    parts = m.gather_objects([(gap_N.abs().sum().item(), gap_N.abs().max().item() if len(gap_N) else 0.0,
+                               (gap_N.exp() - 1 - gap_N).sum().item(), len(gap_N))])
+    total, most, kl, count = zip(*parts, strict=True)
+    return {"engine_gap": round(sum(total) / max(1, sum(count)), 5), "engine_gap_max": round(max(most), 4),
+            "engine_kl": round(sum(kl) / max(1, sum(count)), 6)}
 
 
 def flatten(packs: list[list[Row]]):
@@ -192,10 +230,10 @@ def flatten(packs: list[list[Row]]):
 
 def load_pools(cfg: Config, tokenizer) -> dict[str, list[dict]]:
     """{"instruction", "math", "expert"}: record lists, prompts over the limit left out and counted."""
-    path = Path(cfg.data)
-    if not path.exists() and cfg.data == Config.data:
+    path = Path(cfg.records)
+    if not path.exists() and cfg.records == Config.records:
         path = m.data_dir / "train.jsonl"
-        print(f"{cfg.data} is not there (run python evolve.py): using the sample {path.name} in data/", file=sys.stderr)
+        print(f"{cfg.records} is not there (run python evolve.py): using the sample data/{path.name}", file=sys.stderr)
     records = read_records(path)
     fitting = []
     for record in records:
@@ -205,21 +243,42 @@ def load_pools(cfg: Config, tokenizer) -> dict[str, list[dict]]:
     if len(fitting) < len(records):
         print(f"{len(records) - len(fitting)} of {len(records)} prompts exceed {cfg.max_prompt_tokens} tokens: "
               "left out", file=sys.stderr)
+    if cfg.code_only:
+        fitting = [code_only(record) for record in fitting]
+        fitting = [record for record in fitting if record["task"] == "math" or record["constraints"]]
     pools = {
-        "instruction": [record for record in fitting if record["task"] == "instruction"],
-        "math": [record for record in fitting if record["task"] == "math"],
+        "instruction": [record for record in fitting if record["task"] == "instruction" and cfg.data != "math"],
+        "math": [record for record in fitting if record["task"] == "math" and cfg.data != "complex"],
         "expert": [record for record in fitting if record.get("expert")],
     }
-    if not pools["instruction"]:
+    if not pools["instruction"] and cfg.data != "math":
         raise InputError(f"{path}: no instruction record within {cfg.max_prompt_tokens} prompt tokens; run "
                          "python evolve.py or raise --max-prompt-tokens")
-    if cfg.math_ratio > 0 and not pools["math"]:
-        raise InputError(f"{path}: --math-ratio {cfg.math_ratio} but no record has task 'math'; add math records "
-                         "(python evolve.py does) or give --math-ratio 0")
+    judged = [record["id"] for record in pools["instruction"]
+              if any(c["kind"] == "judge" and c["active"] for c in record["constraints"])]
+    if judged and not cfg.judge:
+        raise InputError(f"{path}: record {judged[0]!r} ({len(judged)} such) has a judge constraint; "
+                         "give --judge MODEL")
+    if not pools["math"] and (cfg.data == "math" or cfg.data == "mixed" and cfg.math_ratio > 0):
+        raise InputError(f"{path}: --data {cfg.data}, --math-ratio {cfg.math_ratio} but no record has task 'math'; add "
+                         "math records (python evolve.py does) or give --math-ratio 0")
     if cfg.bc_coef > 0 and not pools["expert"]:
         raise InputError(f"{path}: --bc-coef {cfg.bc_coef} but no record has the field 'expert'; add expert answers "
                          "(python evolve.py does) or give --bc-coef 0")
     return pools
+
+
+def code_only(record: dict) -> dict:
+    """The record without its judge constraints; `depends_on` counts anew, and through a judged one to what it needs."""
+    if record["task"] == "math":
+        return record
+    kept, number, needs = [], {}, []
+    for i, c in enumerate(record["constraints"]):
+        needs.append({k for j in c["depends_on"] for k in ([j] if j in number else needs[j])})
+        if c["kind"] == "code":
+            number[i] = len(kept)
+            kept.append({**c, "depends_on": sorted(number[j] for j in needs[i])})
+    return {**record, "constraints": kept if any(c["active"] for c in kept) else []}
 
 
 def draw(pool: list[dict], name: str, start: int, count: int, seed: int) -> list[dict]:
@@ -233,7 +292,7 @@ def draw(pool: list[dict], name: str, start: int, count: int, seed: int) -> list
 
 def prompts_of_step(pools, step: int, cfg: Config) -> list[dict]:
     """The P records of a step, a function of (seed, step): resuming needs no cursor. Math comes at its ratio."""
-    math_share = cfg.math_ratio / (1 + cfg.math_ratio)
+    math_share = {"mixed": cfg.math_ratio / (1 + cfg.math_ratio), "complex": 0.0, "math": 1.0}[cfg.data]
     math_before, math_after = (math.floor(s * cfg.prompts * math_share + 1e-9) for s in (step, step + 1))
     n_math = math_after - math_before
     instructions = draw(pools["instruction"], "instruction", step * cfg.prompts - math_before,
@@ -263,20 +322,21 @@ def rollout(engine, tokenizer, records: list[dict], step: int, cfg: Config) -> l
     return [
         {"id": record["id"], "task": record["task"], "mode": mode, "prompt_ids": prompt.ids,
          "token_ids": completion.token_ids, "text": prompt.prefill + completion.text,
-         "finish_reason": completion.finish_reason, "record": record}
+         "finish_reason": completion.finish_reason, "logprobs": completion.logprobs, "record": record}
         for (record, mode, _), prompt, group in zip(wanted, prompts, groups, strict=True)
         for completion in group
     ]
 
 
-def score_samples(samples: list[dict], cfg: Config) -> None:
+def score_samples(samples: list[dict], judge, cfg: Config) -> None:
     """Add `format`, `accuracy`, `reward` (their sum) and `verdicts`; direct ones are scored by their answer alone."""
     for direct in (False, True):
         part = [sample for sample in samples if (sample["mode"] == "direct") == direct]
-        scores = score([s["record"] for s in part], [s["text"] for s in part], family=cfg.family, direct=direct)
+        scores = score([s["record"] for s in part], [s["text"] for s in part], judge=judge, family=cfg.family,
+                       direct=direct, variant=cfg.reward, truncated=[s["finish_reason"] == "length" for s in part])
         for sample, result in zip(part, scores, strict=True):
             sample.update(format=result.format, accuracy=result.accuracy, reward=result.total,
-                          verdicts=result.verdicts)
+                          verdicts=result.verdicts, guards=result.guards)
 
 
 def assign_advantages(samples: list[dict], cfg: Config) -> None:
@@ -291,7 +351,8 @@ def assign_advantages(samples: list[dict], cfg: Config) -> None:
         accuracy_PG = torch.tensor([[s["accuracy"] for s in reasoning]], dtype=torch.float64)
         direct_PH = torch.tensor([[s["accuracy"] for s in direct]], dtype=torch.float64)
         # The mean and std are those of the reasoning rollouts alone (the released code mixes the direct ones in).
-        advantages_PG = group_advantages(rewards_PG)
+        advantages_PG = {"group_norm": group_advantages(rewards_PG), "none": rewards_PG,
+                         "mean_only": rewards_PG - rewards_PG.mean(1, keepdim=True)}[cfg.advantage]
         keep_P = superior_cot_mask(accuracy_PG, direct_PH) if cfg.superior_cot else torch.ones(1, dtype=torch.bool)
         for sample, advantage in zip(reasoning, advantages_PG[0].tolist(), strict=True):
             sample.update(advantage=advantage, kept=bool(keep_P[0]))
@@ -316,11 +377,12 @@ def rollout_metrics(samples: list[dict]) -> dict:
         "reward": mean(s["reward"] for s in reasoning),
         "reward_format": mean(s["format"] for s in reasoning),
         "reward_accuracy": mean(s["accuracy"] for s in reasoning),
-        "all_met": mean(s["accuracy"] == 2 for s in instructions),
-        "direct_all_met": mean(s["accuracy"] == 2 for s in direct),
+        "all_met": mean(all(s["verdicts"]) for s in instructions),
+        "direct_all_met": mean(all(s["verdicts"]) for s in direct),
         "math_correct": mean(s["accuracy"] == 2 for s in reasoning if s["task"] == "math"),
         "format_rate": mean(s["format"] > 0 for s in reasoning),
         "truncated": mean(s["finish_reason"] == "length" for s in reasoning),
+        "guards": dict(Counter(name for s in reasoning for name in s["guards"])),
         "skip_rate": mean(not g[0]["kept"] for g in groups.values() if g[0]["task"] == "instruction"),
         "flat_groups": mean(len({s["reward"] for s in g}) == 1 for g in groups.values()),
         "response_tokens": mean(len(s["token_ids"]) for s in reasoning),
@@ -333,9 +395,9 @@ def rollout_metrics(samples: list[dict]) -> dict:
 
 def main():
     cfg = m.parse_flags(Config, presets=PRESETS)
-    if cfg.superior_cot and cfg.direct == 0:
-        raise InputError("--direct 0: the superior-CoT rule compares with direct rollouts and could never fire; "
-                         "give --direct 2, or switch the rule off with --no-superior-cot")
+    if cfg.superior_cot and (cfg.direct == 0 or cfg.data == "math"):
+        raise InputError(f"--direct {cfg.direct} --data {cfg.data}: the superior-CoT rule compares with direct rollouts"
+                         " and could never fire; give --direct 2, or switch the rule off with --no-superior-cot")
     rank, world = m.init_distributed()
     stop = m.stop_signals()
     m.keep_freed_memory()
@@ -343,106 +405,139 @@ def main():
     pools = load_pools(cfg, tokenizer)
     dtype = m.compute_dtype(cfg.precision)
     run = m.open_run(cfg.out, cfg, resume=cfg.resume)
+    n_rows = cfg.prompts * (cfg.group + cfg.direct)
+    if rank == 0:
+        print(m.training_plan(
+            policy, dtype=dtype, shard=cfg.shard, offload=cfg.offload, checkpointing=cfg.activation_checkpointing,
+            reference=cfg.kl_coef > 0, engine=cfg.engine, engine_share=cfg.engine_share, micro_tokens=cfg.micro_tokens,
+            rollout_tokens=n_rows * cfg.max_new_tokens,
+            trained_tokens=(n_rows + cfg.bc_batch * cfg.updates) * cfg.max_new_tokens), file=sys.stderr)
+    judge = m.make_judge(cfg.judge, cfg.judge_url, precision=cfg.precision, cache=run / "judge_cache")
+    engine = m.make_engine(cfg.engine, policy, tokenizer, dtype=dtype, own_copy=cfg.shard, source=cfg.model,
+                           max_length=cfg.max_prompt_tokens + cfg.max_new_tokens, share=cfg.engine_share)
     reference = m.load_model(cfg.model)[0].requires_grad_(False) if cfg.kl_coef else None
+    if cfg.activation_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.shard:
+        m.shard_model(policy, dtype, offload=cfg.offload == "all")
+        if reference is not None:
+            m.shard_model(reference, dtype, offload=cfg.offload != "none")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    step, direct_seen, skipped = 0, 0, 0
+    # What a resumed run goes on from, beside weights and optimizer; all else follows from (seed, step).
+    done = {"step": 0, "direct_seen": 0, "skipped": 0, "flat_steps": 0, "rewards": [], "best": -math.inf}
     if cfg.resume:
         state = m.load_checkpoint(run)
-        policy.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, direct_seen, skipped = state["step"], state["direct_seen"], state["skipped"]
-        m.rewind_metrics(run, step)
-    engine = m.make_engine(cfg.engine, policy, tokenizer, dtype=dtype)
-    began, first_step = time.time(), step
-    bar = tqdm(total=cfg.steps, initial=step, unit="step", disable=rank != 0)
-    while step < cfg.steps:
+        m.load_training_state(policy, optimizer, state)
+        done = {name: state[name] for name in done}
+        m.rewind_metrics(run, done["step"])
+    began, first_step = time.time(), done["step"]
+    bar = tqdm(total=cfg.steps, initial=first_step, unit="step", disable=rank != 0)
+    while done["step"] < cfg.steps:
         # Rollouts: G with reasoning and H direct ones a prompt, this rank's share of the prompts, scored.
-        clock = [time.time()]
+        step, clock = done["step"], [time.time()]
         engine.wake()
         engine.sync(policy)
         samples = rollout(engine, tokenizer, prompts_of_step(pools, step, cfg)[rank::world], step, cfg)
         engine.sleep()
         clock.append(time.time())
-        score_samples(samples, cfg)
+        score_samples(samples, judge, cfg)
         assign_advantages(samples, cfg)
         clock.append(time.time())
 
         # The kept responses of all ranks are shuffled and cut into `updates` parts, the same on every rank.
-        rows = {(s["id"], i): Row(s["prompt_ids"] + s["token_ids"], len(s["prompt_ids"]), s["advantage"])
+        rows = {(s["id"], i): Row(s["prompt_ids"] + s["token_ids"], len(s["prompt_ids"]), s["advantage"],
+                                  sampled_logp=s["logprobs"])
                 for i, s in enumerate(samples) if s["kept"]}
-        keys = sorted(m.gather_objects(list(rows)))
+        lengths = dict(m.gather_objects([(key, len(row.ids) - row.start) for key, row in rows.items()]))
+        keys = sorted(lengths)
         random.Random(f"{cfg.seed}/shuffle/{step}").shuffle(keys)
         parts = [keys[u * len(keys) // cfg.updates : (u + 1) * len(keys) // cfg.updates] for u in range(cfg.updates)]
         if cfg.updates > 1:  # the first part is on-policy; the others need the sampling policy's log-probabilities
             store_old_logprobs(policy, [rows[key] for part in parts[1:] for key in part if key in rows], cfg, dtype)
 
         policy.train()
-        totals = {"policy_loss": 0.0, "kl": 0.0, "clip_share": 0.0, "bc_loss": 0.0, "grad_norm": 0.0}
-        trained_tokens = 0
+        totals = Counter()
         for update, part in enumerate(parts):
             number = step * cfg.updates + update
             factor = m.warmup_cosine(number, cfg.lr_horizon or 2 * cfg.steps * cfg.updates, cfg.warmup, 0.1)
             for group in optimizer.param_groups:
                 group["lr"] = cfg.lr * factor
             own = [rows[key] for key in part if key in rows]
-            stats = policy_backward(policy, reference, own, len(part), cfg, dtype)  # skipped prompts are in no part
-            stats["bc_loss"] = 0.0
+            # Counted over the whole update and all ranks; skipped prompts are in no part and so in no count.
+            normalizer = sum(lengths[key] for key in part) if cfg.loss == "dapo" else len(part)
+            stats = policy_backward(policy, reference, own, normalizer, cfg, dtype)
             if cfg.bc_coef:
+                m.keep_freed_memory(trim=True)
                 experts = draw(pools["expert"], "expert", number * cfg.bc_batch, cfg.bc_batch, cfg.seed)[rank::world]
-                cloned = [Row(*m.encode_expert(tokenizer, record, cfg.family), 0.0) for record in experts]
+                cloned = [Row(*m.encode_expert(tokenizer, record, cfg.family)) for record in experts]
                 stats["bc_loss"] = cloning_backward(policy, cloned, cfg.bc_batch, cfg, dtype)
                 own = own + cloned
-            m.sum_gradients(policy.parameters())
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
+            batch = [{"id": key[0], "ids": rows[key].ids, "start": rows[key].start, "advantage": rows[key].advantage}
+                     for key in part if key in rows]
+            grad_norm = m.optimizer_step(policy, optimizer, number, batch, run)
             stats["grad_norm"] = grad_norm / world  # the same on every rank; the others below are shares of a sum
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            trained_tokens += sum(len(row.ids) for row in own)
-            totals = {name: totals[name] + stats[name] / cfg.updates for name in totals}
+            stats["trained"] = sum(len(row.ids) for row in own)
+            totals.update({name: value / cfg.updates for name, value in stats.items()})
         policy.eval()
         clock.append(time.time())
 
         # One line of metrics a step, and every rollout with its text, verdicts, rewards, advantage and fate.
-        step += 1
-        totals = {name: round(m.sum_over_ranks(value), 6) for name, value in totals.items()}
+        done["step"] = step = step + 1
+        mismatch = engine_mismatch(list(rows.values()))
+        names = ("policy_loss", "kl", "clip_share", "bc_loss", "grad_norm", "tokens", "slots", "trained")
+        totals = {name: round(m.sum_over_ranks(totals[name]), 6) for name in names}
         all_samples = m.gather_objects(samples)
-        metrics = {"step": step, **rollout_metrics(all_samples), **totals, "lr": optimizer.param_groups[0]["lr"]}
-        direct_seen += metrics["direct_rollouts"]
-        skipped += round((metrics["skip_rate"] or 0.0) * len({s["id"] for s in all_samples if s["mode"] == "direct"}))
+        metrics = {"step": step, **rollout_metrics(all_samples), **totals, **mismatch,
+                   "padding": round(1 - totals["tokens"] / max(1, totals["slots"]), 4),
+                   "lr": optimizer.param_groups[0]["lr"]}
+        done["direct_seen"] += metrics["direct_rollouts"]
+        done["skipped"] += len({s["id"] for s in all_samples if s["mode"] == "cot" and not s["kept"]})
+        done["flat_steps"] += metrics["flat_groups"] == 1
+        done["rewards"].append(metrics["reward"])
         if rank == 0:
-            sampled = sum(len(s["token_ids"]) for s in samples)
+            sampled = sum(len(s["token_ids"]) for s in all_samples)
             rollout_s, scoring_s, update_s = (after - before for before, after in zip(clock, clock[1:], strict=False))
             metrics.update(rollout_s=round(rollout_s, 2), scoring_s=round(scoring_s, 3), update_s=round(update_s, 2),
-                           rollout_tps=round(sampled / rollout_s, 1), update_tps=round(trained_tokens / update_s, 1))
+                           rollout_tps=round(sampled / rollout_s, 1),
+                           update_tps=round(totals["trained"] * cfg.updates / update_s, 1))
             m.append_jsonl(run / "metrics.jsonl", metrics)
             m.write_jsonl(run / "samples" / f"step-{step:06d}.jsonl",
-                          [{k: v for k, v in s.items() if k not in ("record", "prompt_ids")} for s in all_samples])
+                          [{k: v for k, v in s.items() if k not in ("record", "prompt_ids", "logprobs")}
+                           for s in all_samples])
             eta = (time.time() - began) / (step - first_step) * (cfg.steps - step)
             bar.write(
                 f"step {step}/{cfg.steps} reward {metrics['reward']:+.2f} (format {metrics['reward_format']:+.2f}, "
-                f"accuracy {metrics['reward_accuracy']:+.2f}) all met {metrics['all_met']:.2f}, direct "
+                f"accuracy {metrics['reward_accuracy']:+.2f}) all met {metrics['all_met'] or 0:.2f}, direct "
                 f"{metrics['direct_all_met'] or 0:.2f} | format {metrics['format_rate']:.2f} skip "
                 f"{metrics['skip_rate'] or 0:.2f} flat {metrics['flat_groups']:.2f} length "
                 f"{metrics['response_tokens']:.0f} | kl {totals['kl']:.4f} clip {totals['clip_share']:.3f} bc "
                 f"{totals['bc_loss']:.3f} | rollout {rollout_s:.0f} s {metrics['rollout_tps']:.0f} tok/s, "
                 f"scoring {scoring_s:.1f} s, update {update_s:.0f} s {metrics['update_tps']:.0f} tok/s | "
                 f"ETA {eta / 60:.0f} min")
+            if done["flat_steps"] == step and step % 10 == 0:
+                bar.write(f"warning: in {step} steps no reward ever differed within a group: nothing is learned; look "
+                          f"at {run / 'samples'}: is every answer right, or every one wrong?")
         bar.update()
         m.keep_freed_memory(trim=True)
         stopping = stop()
-        if rank == 0 and (step % cfg.save_every == 0 or step == cfg.steps or stopping):
-            m.save_checkpoint(run, {"model": policy.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                                    "direct_seen": direct_seen, "skipped": skipped})
+        if step % cfg.save_every == 0 or step == cfg.steps or stopping:
+            mean_reward = sum(done["rewards"]) / len(done["rewards"])
+            if mean_reward > done["best"]:
+                m.write_model(policy, tokenizer, run / "best")
+            done.update(best=max(done["best"], mean_reward), rewards=[])
+            state = {**m.training_state(policy, optimizer), **done}
+            if rank == 0:
+                m.save_checkpoint(run, state, keep=cfg.keep)
         if stopping and step < cfg.steps:
             raise KeyboardInterrupt
     bar.close()
+    m.write_model(policy, tokenizer, run / "model")
     if rank == 0:
-        m.write_model(policy, tokenizer, run / "model")
-        print(f"superior-CoT rule: {direct_seen} direct rollouts seen, {skipped} prompts skipped; model in "
-              f"{run / 'model'}", file=sys.stderr)
-        if cfg.superior_cot and direct_seen == 0:
+        print(f"superior-CoT rule: {done['direct_seen']} direct rollouts seen, {done['skipped']} prompts skipped; "
+              f"model in {run / 'model'}", file=sys.stderr)
+        if cfg.superior_cot and done["direct_seen"] == 0:
             raise InputError("the superior-CoT rule never saw a direct rollout: this was not a RAIF run; check that "
-                             "--data holds instruction records, or give --no-superior-cot")
+                             "--records holds instruction records, or give --no-superior-cot")
 
 
 if __name__ == "__main__":

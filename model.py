@@ -11,6 +11,8 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import errno
+import functools
 import hashlib
 import inspect
 import json
@@ -24,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import typing
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -34,10 +37,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from rewards import InputError
+from rewards import EndpointJudge, InputError, LocalJudge
 
 data_dir = Path(__file__).parent / "data"
 DEFAULT_MODEL = "smollm2-135m"
@@ -83,6 +87,12 @@ def launch(main):
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error.filename or 'output'}: no space left; free some and run the same command with --resume: "
+              "files already there are complete", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command with --resume continues (evolve.py and evaluate.py go on without it)",
@@ -162,18 +172,90 @@ def gather_objects(items: list) -> list:
     return [item for part in parts for item in part]
 
 
-def sum_gradients(parameters) -> None:
-    """Data parallelism in one place: add the ranks' gradients once per optimizer step.
+def equal_counts(batches: list, filler) -> list[tuple]:
+    """(batch, weight) pairs: the batches with weight 1, then `filler` with weight 0 until every rank has as many.
+
+    A sharded model gathers weights in every forward and backward pass: a rank that runs fewer would hang the others.
+    """
+    most = max(gather_objects([len(batches)]))
+    return [(batch, 1.0) for batch in batches] + [(filler, 0.0)] * (most - len(batches))
+
+
+def optimizer_step(model, optimizer, number: int, rows: list[dict], run: Path) -> float:
+    """Update `number`: add the ranks' gradients, clip their norm at 1, step. Returns the norm before clipping.
 
     A sum, not DDP's mean: every loss is already divided by the count over all ranks (`normalizer`), so micro-batches
-    and ranks add up to the same gradient, and a rank whose prompts were all skipped simply adds zeros.
+    and ranks add up to the same gradient, and a rank whose prompts were all skipped simply adds zeros. A sharded model
+    has added them (also as a sum, see shard_model) in its backward passes. A gradient that is not finite skips the
+    update and leaves `rows` (what it came from) in RUN/nonfinite; the third in a row ends the run.
     """
+    if dist.is_initialized() and not is_sharded(model):
+        for parameter in model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()  # the same on every rank
+    if np.isfinite(norm):
+        optimizer.step()
+    else:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        dumps = [run / "nonfinite" / f"update-{number - k:06d}-rank-{rank}.jsonl" for k in range(3)]
+        write_jsonl(dumps[0], rows)
+        print(f"update {number}: gradient norm {norm}; skipped, its batch is in {dumps[0]}", file=sys.stderr)
+        if all(dump.exists() for dump in dumps):
+            raise InputError("3 updates in a row had no finite gradient; lower --lr or give --precision fp32 and go on "
+                             "from the last checkpoint with --resume")
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def is_sharded(model) -> bool:
+    return hasattr(model, "sharded_logprobs")
+
+
+def shard_model(model, dtype: torch.dtype, *, offload: bool = False):
+    """FSDP2 in place: each layer and the root are sharded over all ranks. Build the optimizer afterwards.
+
+    Compute in `dtype`, float32 master weights and reduction. offload: shards (and with them gradients and Adam's
+    moments) stay in host memory between uses. Small weights come back gathered: log-probabilities are computed by the
+    method `sharded_logprobs`, because FSDP only knows a module's forward.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        FSDPModule,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
     if not dist.is_initialized():
-        return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
+        raise InputError("--shard: only under torchrun, e.g. torchrun --standalone --nproc-per-node 8 grpo.py --shard")
+    half = dtype == torch.bfloat16
+    settings = {
+        "mesh": init_device_mesh(device().type, (dist.get_world_size(),)),
+        "mp_policy": MixedPrecisionPolicy(dtype, torch.float32) if half else MixedPrecisionPolicy(),
+        "offload_policy": CPUOffloadPolicy() if offload and torch.cuda.is_available() else OffloadPolicy(),
+        "reshard_after_forward": True,
+    }
+    for layer in model.get_decoder().layers:
+        fully_shard(layer, **settings)
+    fully_shard(model, **settings)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+    model.sharded_logprobs = types.MethodType(_decoder_and_head, model)
+    register_fsdp_forward_method(model, "sharded_logprobs")
+    return model
+
+
+def full_tensors(model):
+    """(name, whole tensor) of every weight, one at a time; on a sharded model all ranks must go through it together."""
+    for name, parameter in model.named_parameters():
+        yield name, (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
 
 
 # ---------------------------------------------------------------- models
@@ -259,10 +341,13 @@ def _convert_smollm2(gguf: Path, target: Path) -> None:
 
 
 def write_model(model, tokenizer, folder: Path, *, dtype=None) -> None:
-    """A Hugging Face folder, complete or not there at all: written beside its place, then renamed."""
+    """A Hugging Face folder, complete or not there at all: written beside its place, then renamed. All ranks call."""
+    state = training_state(model)["model"]
+    if dist.is_initialized() and dist.get_rank():
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".", suffix=".tmp"))
-    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()} if dtype else model.state_dict()
+    state = {name: tensor.to(dtype) for name, tensor in state.items()} if dtype else state
     implementation = model.config._attn_implementation
     model.config._attn_implementation = "sdpa"
     model.save_pretrained(scratch, state_dict=state)
@@ -354,26 +439,35 @@ def token_logprobs(model, input_ids_BT, attention_mask_BT, response_start_B, *, 
         raise ValueError("response_start_B must be at least 1: a token without a context has no log-probability")
     # Behind causal attention right padding cannot reach a real token: no mask, and the fast kernels apply.
     right_padded = bool((mask_BT[:, 1:] <= mask_BT[:, :-1]).all())
-    hidden_BTD = model.get_decoder()(
-        input_ids=torch.where(mask_BT, input_ids_BT, 0),
-        attention_mask=None if right_padded else attention_mask_BT,
-        position_ids=(mask_BT.long().cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
-    ).last_hidden_state
+    inputs = {
+        "input_ids": torch.where(mask_BT, input_ids_BT, 0),
+        "attention_mask": None if right_padded else attention_mask_BT,
+        "position_ids": (mask_BT.long().cumsum(1) - 1).clamp(min=0),
+    }
     # N response tokens of the whole batch, row by row; token t is predicted by the hidden state at t - 1.
     is_response_BT = (columns_T >= response_start_B[:, None]) & (columns_T < end_B[:, None])
     rows_N, columns_N = is_response_BT.nonzero(as_tuple=True)
-    hidden_ND = hidden_BTD[rows_N, columns_N - 1]
     target_N = input_ids_BT[rows_N, columns_N]
-    logp_N = _head_logprobs(model, hidden_ND, target_N, temperature, chunk)
+    logp_N = _target_logprobs(model, inputs, (rows_N, columns_N - 1), target_N, temperature, chunk)
     width = int((end_B - response_start_B).clamp(min=0).max()) if B else 0
     logp_BR = torch.zeros(B, width, dtype=logp_N.dtype, device=logp_N.device)
     return logp_BR.index_put((rows_N, columns_N - response_start_B[rows_N]), logp_N)
 
 
-def _head_logprobs(model, hidden_ND, target_N, temperature, chunk):
-    """log-probability (N,) of each target token given the hidden state before it; float32 over the vocabulary."""
-    head = model.get_output_embeddings()
+def _target_logprobs(model, inputs, source, target_N, temperature, chunk):
+    """log-probability (N,) of target tokens, each given the hidden state at its `source` (rows_N, columns_N)."""
+    run = getattr(model, "sharded_logprobs", None) or functools.partial(_decoder_and_head, model)
+    return run(inputs, source, target_N, temperature, chunk)
+
+
+def _decoder_and_head(model, inputs, source, target_N, temperature, chunk):
+    """The forward pass of training; a sharded model gathers its weights around it."""
+    hidden_BTD = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    return _head_logprobs(model.get_output_embeddings(), hidden_BTD[source], target_N, temperature, chunk)
+
+
+def _head_logprobs(head, hidden_ND, target_N, temperature, chunk):
+    """The LM head on `chunk` positions at a time; float32 over the vocabulary, computed again in the backward pass."""
 
     def logprobs(hidden_CD, target_C):
         logits_CV = head(hidden_CD)
@@ -389,43 +483,44 @@ def _head_logprobs(model, hidden_ND, target_N, temperature, chunk):
 
 
 def packed_logprobs(model, packs, *, temperature=1.0, chunk=1024):
-    """token_logprobs for groups: each pack is a list of (token ids, response start) with one and the same prompt.
+    """token_logprobs for rows that begin alike: each pack is a list of (token ids, response start).
 
-    A pack is one row, prompt | response 1 | response 2 | …, in which a response sees the prompt and itself: the prompt
-    is computed once for the group, forward and backward, and the gradient is that of the separate rows.
-    Returns (B, T_response) like token_logprobs, the B responses in the order of the packs.
+    A pack is one row, common beginning | rest of row 1 | rest of row 2 | …, in which a rest sees the beginning and
+    itself: the beginning (for a group: the prompt) is computed once, forward and backward, and the gradient is that of
+    the separate rows. Returns (B, T_response) like token_logprobs, the B responses in the order of the packs.
     """
-    width = max(pack[0][1] + sum(len(ids) - start for ids, start in pack) for pack in packs)
+    shared = [common_prefix([ids[:start] for ids, start in pack]) for pack in packs]
+    width = max(n + sum(len(ids) - n for ids, _ in pack) for n, pack in zip(shared, packs, strict=True))
     ids_BT = torch.zeros(len(packs), width, dtype=torch.long)
-    segment_BT = torch.full((len(packs), width), -1)  # 0 the prompt, 1, 2, … its responses, -1 padding
+    segment_BT = torch.full((len(packs), width), -1)  # 0 the beginning, 1, 2, … the rests, -1 padding
     position_BT = torch.zeros(len(packs), width, dtype=torch.long)
     index = []  # per response token: pack, column that predicts it, response number, place in the response
     targets, response = [], 0
-    for b, pack in enumerate(packs):
-        start = column = pack[0][1]
-        ids_BT[b, :start] = torch.tensor(pack[0][0][:start])
-        segment_BT[b, :start] = 0
-        position_BT[b, :start] = torch.arange(start)
-        for segment, (ids, _) in enumerate(pack, 1):
-            own = slice(column, column + len(ids) - start)
-            ids_BT[b, own] = torch.tensor(ids[start:])
+    for b, (n, pack) in enumerate(zip(shared, packs, strict=True)):
+        ids_BT[b, :n] = torch.tensor(pack[0][0][:n])
+        segment_BT[b, :n] = 0
+        position_BT[b, :n] = torch.arange(n)
+        column = n
+        for segment, (ids, start) in enumerate(pack, 1):
+            own = slice(column, column + len(ids) - n)
+            ids_BT[b, own] = torch.tensor(ids[n:])
             segment_BT[b, own] = segment
-            position_BT[b, own] = torch.arange(start, len(ids))
-            index += [(b, start - 1 if t == 0 else column + t - 1, response, t) for t in range(len(ids) - start)]
+            position_BT[b, own] = torch.arange(n, len(ids))
+            index += [(b, i if i < n else column + i - n, response, i + 1 - start)
+                      for i in range(start - 1, len(ids) - 1)]
             targets += ids[start:]
             column, response = own.stop, response + 1
-    where = next(model.parameters()).device
+    where = device()
     query_BT1, key_B1T = segment_BT[:, :, None], segment_BT[:, None, :]
     visible_BTT = ((key_B1T == 0) | (key_B1T == query_BT1)) & torch.ones(width, width, dtype=torch.bool).tril()
-    hidden_BTD = model.get_decoder()(
-        input_ids=ids_BT.to(where),
-        attention_mask=visible_BTT[:, None].to(where),  # padding sees only padding, and nothing looks at it
-        position_ids=position_BT.to(where),
-        use_cache=False,
-    ).last_hidden_state
+    inputs = {
+        "input_ids": ids_BT.to(where),
+        "attention_mask": visible_BTT[:, None].to(where),  # padding sees only padding, and nothing looks at it
+        "position_ids": position_BT.to(where),
+    }
     pack_N, source_N, response_N, place_N = torch.tensor(index, device=where).unbind(1)
     targets_N = torch.tensor(targets, device=where)
-    logp_N = _head_logprobs(model, hidden_BTD[pack_N, source_N], targets_N, temperature, chunk)
+    logp_N = _target_logprobs(model, inputs, (pack_N, source_N), targets_N, temperature, chunk)
     logp_BR = torch.zeros(response, int(place_N.max()) + 1, dtype=logp_N.dtype, device=where)
     return logp_BR.index_put((response_N, place_N), logp_N)
 
@@ -455,8 +550,13 @@ def row_logprobs(model, packs, dtype=torch.float32, temperature: float = 1.0):
     return logp_BR, torch.arange(logp_BR.shape[1], device=logp_BR.device) < lengths_B[:, None]
 
 
-def encode_expert(tokenizer, record: dict, family: str = "cold") -> tuple[list[int], int]:
-    """(token ids, response start) of a record's prompt and its expert answer, closed by the end-of-turn token.
+class Sequence(typing.NamedTuple):
+    ids: list[int]  # prompt and response
+    start: int  # index of the first response token
+
+
+def encode_expert(tokenizer, record: dict, family: str = "cold") -> Sequence:
+    """A record's prompt and its expert answer, closed by the end-of-turn token.
 
     The prompt is the one of cot mode; what it already opens (`<think>`) is not part of the response.
     """
@@ -464,26 +564,33 @@ def encode_expert(tokenizer, record: dict, family: str = "cold") -> tuple[list[i
     answer = record["expert"]
     answer = answer[len(prompt.prefill) :] if answer.startswith(prompt.prefill) else answer.removeprefix("<think>")
     answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return [*prompt.ids, *answer_ids, tokenizer.eos_token_id], len(prompt.ids)
+    return Sequence([*prompt.ids, *answer_ids, tokenizer.eos_token_id], len(prompt.ids))
+
+
+def common_prefix(rows: list[list[int]]) -> int:
+    """How many tokens the rows have in common at their beginning."""
+    first, last = min(rows), max(rows)
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
 def micro_batches(rows, budget: int) -> list[list[list]]:
-    """Cut rows (objects with .ids and .start) into micro-batches of packs of rows that share a prompt.
+    """Cut rows (objects with .ids and .start) into micro-batches of packs of rows whose prompts begin alike.
 
-    Packs are sorted by length; packs × longest pack stays within `budget` tokens (one row at least). A pack is at most
-    half a budget long: attention costs its square, so long responses are better off alone.
+    Packs are sorted by length; packs × longest pack stays within `budget` tokens (one row at least). A row joins the
+    pack before it if that saves an eighth of its length: below that, attention over the longer pack costs more.
     """
-    packs: list[list] = []
-    lengths: list[int] = []
+    packs, shared, lengths = [], [], []  # of each pack: rows, common beginning, tokens
     for row in sorted(rows, key=lambda row: (row.ids[: row.start], len(row.ids))):
-        response = len(row.ids) - row.start
-        same = packs and packs[-1][0].ids[: packs[-1][0].start] == row.ids[: row.start]
-        if same and lengths[-1] + response <= budget // 2:
-            packs[-1].append(row)
-            lengths[-1] += response
-        else:
-            packs.append([row])
-            lengths.append(len(row.ids))
+        if packs:
+            n = common_prefix([packs[-1][0].ids[: shared[-1]], row.ids[: row.start]])
+            length = lengths[-1] + len(packs[-1]) * (shared[-1] - n) + len(row.ids) - shared[-1]
+            if length <= budget // 2 and lengths[-1] + len(row.ids) - length >= len(row.ids) / 8:
+                packs[-1].append(row)
+                shared[-1], lengths[-1] = n, length
+                continue
+        packs.append([row])
+        shared.append(row.start)
+        lengths.append(len(row.ids))
     return [[packs[i] for i in batch] for batch in token_batches(lengths, budget)]
 
 
@@ -510,11 +617,16 @@ class Completion:
     top_logprobs: list[dict[str, float]] | None = None  # a server's alternatives per position: token text -> log p
 
 
-def make_engine(backend: str, model, tokenizer, *, dtype=None):
-    """A rollout engine: "hf" runs in this process on any device; "vllm" arrives with its GPU tests."""
-    if backend != "hf":
-        raise InputError(f"--engine {backend}: only hf is available")
-    return Engine(model, tokenizer, dtype=dtype)
+def make_engine(backend: str, model, tokenizer, *, dtype=None, own_copy=False, source="", max_length=0, share=0.4):
+    """A rollout engine: "hf" runs in this process on any device, "vllm" beside the trainer on each GPU of torchrun.
+
+    own_copy: the trainer's model is about to be sharded. The rest is for vllm: `source` is the model's name or folder,
+    `max_length` the longest prompt + response, `share` vllm's part of the device memory.
+    """
+    if backend == "hf":
+        return Engine(model, tokenizer, dtype=dtype, own_copy=own_copy)
+    folder = smollm2_folder() if source == DEFAULT_MODEL else source
+    return VllmEngine(str(folder), tokenizer, eos_ids(model, tokenizer), max_length, share)
 
 
 class Engine:
@@ -525,11 +637,11 @@ class Engine:
     does not depend on its neighbours in the batch (torch.multinomial over the vocabulary takes a fifth of a CPU step).
     """
 
-    def __init__(self, model, tokenizer, *, dtype=None, max_rows=64):
+    def __init__(self, model, tokenizer, *, dtype=None, max_rows=64, own_copy=False):
         self.tokenizer, self.max_rows = tokenizer, max_rows
         dtype = dtype or next(model.parameters()).dtype
         # A second copy in the rollout precision, unless the trainer's own weights already are in it.
-        self.shares_weights = dtype == next(model.parameters()).dtype
+        self.shares_weights = dtype == next(model.parameters()).dtype and not own_copy
         self.model = model if self.shares_weights else copy.deepcopy(model).to(dtype).requires_grad_(False).eval()
         self.eos_ids = eos_ids(model, tokenizer)
 
@@ -537,7 +649,7 @@ class Engine:
     def sync(self, model) -> None:
         """Take over the trainer's current weights."""
         if not self.shares_weights:
-            for own, new in zip(self.model.parameters(), model.parameters(), strict=True):
+            for own, (_, new) in zip(self.model.parameters(), full_tensors(model), strict=True):
                 own.copy_(new)
 
     def sleep(self) -> None:
@@ -724,6 +836,91 @@ def _register_group_attention():
     AttentionMaskInterface.register("group_sdpa", sdpa_mask)
 
 
+class VllmEngine:
+    """vLLM in the trainer's process, one engine a torchrun rank, asleep while the trainer works.
+
+    A step is wake → sync → generate → sleep. Level 2 sleep frees the engine's weights and KV cache, so after every wake
+    the weights have to be pushed again: generate refuses to run without, and sync compares log-probabilities with the
+    trainer's, because a push that goes wrong does not raise (vllm 0.32; see requirements-gpu.txt).
+    """
+
+    TOLERANCE = 0.1  # nats a token, mean over the probe: bf16 kernels differ by about 0.01, wrong weights by over 1
+
+    def __init__(self, source: str, tokenizer, eos: list[int], max_length: int, share: float):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise InputError(f"--engine vllm: {error}; pip install -r requirements-gpu.txt (CUDA only), or give "
+                             "--engine hf") from error
+        if "RANK" not in os.environ:
+            raise InputError("--engine vllm: only under torchrun, e.g. torchrun --standalone --nproc-per-node 1 …")
+        self.tokenizer, self.eos, self.pushed, self.asleep = tokenizer, eos, False, False
+        rng = torch.get_rng_state()  # building the engine seeds this process's generators
+        self.llm = LLM(
+            source, dtype="bfloat16", distributed_executor_backend="external_launcher", tensor_parallel_size=1,
+            gpu_memory_utilization=share, max_model_len=max_length, enable_sleep_mode=True, generation_config="vllm",
+            logprobs_mode="processed_logprobs", seed=dist.get_rank() if dist.is_initialized() else 0,
+        )
+        self.sleep()
+        torch.set_rng_state(rng)
+
+    def wake(self) -> None:
+        self.llm.wake_up(tags=["weights"])
+        self.asleep = False
+
+    def sync(self, model) -> None:
+        """Push the trainer's weights name by name, then check that the engine computes with them."""
+        if self.asleep:
+            raise RuntimeError("sync before wake: a push into a sleeping engine is lost")
+        weights = ((name, tensor.to(torch.bfloat16)) for name, tensor in full_tensors(model))
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.llm.wake_up(tags=["kv_cache", "scheduling"])
+        self.llm.reset_prefix_cache()  # a push leaves the old weights' KV blocks in it
+        self.pushed = True
+        self._check(model)
+
+    def sleep(self) -> None:
+        self.llm.sleep(level=2)
+        self.pushed, self.asleep = False, True
+
+    @torch.no_grad()
+    def _check(self, model) -> None:
+        """The engine's log-probabilities of what it writes on a probe prompt against the trainer's for the same."""
+        probe = self.tokenizer("A short note about the weather:", add_special_tokens=False)["input_ids"]
+        completion = self.generate([probe], n=1, max_tokens=16, temperature=1.0, seeds=[0])[0][0]
+        row = (probe + completion.token_ids, len(probe))
+        training = model.training
+        logp_BR, _ = row_logprobs(model.eval(), [[row]], torch.bfloat16)
+        model.train(training)
+        gap = float(np.abs(np.array(completion.logprobs) - logp_BR[0].float().cpu().numpy()).mean())
+        if max(gather_objects([gap])) > self.TOLERANCE:
+            weights = {name: tensor.to(torch.bfloat16) for name, tensor in full_tensors(model)}
+            unfilled = self.llm.apply_model(
+                lambda own: sorted(dict(own.named_parameters()).keys() - set(own.load_weights(weights.items()))))[0]
+            raise InputError(f"--engine vllm: after a push its log-probabilities are {gap:.2f} nats a token from the "
+                             f"trainer's (at most {self.TOLERANCE}); parameters not loaded: "
+                             f"{', '.join(unfilled) or 'none by name'}; check that this vllm supports the model")
+
+    def generate(self, prompts, *, n=1, max_tokens, temperature=1.0, stop=(), seeds, progress=None):
+        """See Engine.generate. The draws are vllm's own; the same seeds give the same rollouts on one machine."""
+        from vllm import SamplingParams
+
+        if not self.pushed:
+            raise RuntimeError("generate without weights: wake and sync after every sleep")
+        copies = [n] * len(prompts) if isinstance(n, int) else n
+        settings = [SamplingParams(n=count, temperature=temperature, max_tokens=max_tokens, stop=list(stop), logprobs=0,
+                                   seed=seed % 2**31, stop_token_ids=self.eos)
+                    for count, seed in zip(copies, seeds, strict=True)]
+        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=bool(progress))
+        return [
+            [Completion(list(o.token_ids), o.text, "length" if o.finish_reason == "length" else "stop",
+                        [position[token].logprob for token, position in zip(o.token_ids, o.logprobs, strict=True)])
+             for o in output.outputs]
+            for output in outputs
+        ]
+
+
 # ---------------------------------------------------------------- served models
 
 
@@ -806,6 +1003,71 @@ class Endpoint:
         return choices
 
 
+def make_judge(name: str, url: str = "", *, precision: str = "auto", cache: str | Path | None = None):
+    """The judge of semantic constraints: `name` as served under `url`, else loaded here; None for an empty name.
+
+    A served judge's replies are kept under `cache`. rewards.LocalJudge and EndpointJudge say how a verdict is read.
+    """
+    if not name:
+        if url:
+            raise InputError(f"--judge-url {url}: say with --judge which of its models is to be asked")
+        return None
+    if url:
+        return EndpointJudge(Endpoint(url, name, cache=cache, top_logprobs=5, progress="judge").chat)
+    return LocalJudge(*load_model(name, dtype=compute_dtype(precision)))
+
+
+# ---------------------------------------------------------------- the plan of a run
+
+
+def training_plan(model, *, dtype, shard=False, offload="none", checkpointing=False, reference=False, engine="none",
+                  engine_share=0.4, micro_tokens=1024, rollout_tokens=0, trained_tokens=0) -> str:
+    """Estimated memory and time of a GPU (or of the machine) before anything is started, as readable text.
+
+    rollout_tokens, trained_tokens: of one optimizer batch over all ranks, taken at their limits, so that the time is an
+    upper bound. It assumes half of the speed of a large matrix product and of a large copy, measured here (a decoding
+    step of 64 rows waits for one or the other).
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    count = sum(parameter.numel() for parameter in model.parameters())
+    config, where, parts = model.config, device(), world if shard else 1
+    on_gpu = torch.cuda.is_available()
+    width = config.hidden_size + config.intermediate_size  # activations kept for backward: some 10 + 3 vectors a layer
+    kept = 2 * config.hidden_size if checkpointing else 10 * config.hidden_size + 3 * width
+    gigabytes = {
+        "weights, gradients, Adam (float32)": 0 if offload == "all" and on_gpu else 16 * count / parts,
+        "reference": 0 if not reference or (offload != "none" and on_gpu) else 4 * count / parts,
+        "rollout weights": 2 * count if engine == "hf" else 0,
+        "activations": micro_tokens * config.num_hidden_layers * kept * (2 if dtype == torch.bfloat16 else 4),
+        "head": 3 * 4 * 1024 * config.vocab_size,
+    }
+    total = torch.cuda.get_device_properties(where).total_memory if on_gpu else 0
+    if engine == "vllm":
+        gigabytes["vllm's share"] = engine_share * total
+
+    def seconds(run, repeats=3):
+        best = float("inf")
+        for _ in range(repeats + 1):
+            began = time.perf_counter()
+            run().flatten()[0].item()  # the item waits for the device
+            best = min(best, time.perf_counter() - began)
+        return best
+
+    matrix = torch.randn(2048, 2048, device=where, dtype=dtype)
+    block = torch.zeros(2**26, device=where, dtype=torch.uint8)
+    flops, bandwidth = 2 * 2048**3 / seconds(lambda: matrix @ matrix), 2 * 2**26 / seconds(block.clone)
+    update_s = trained_tokens / world * count * (8 if reference else 6) / (flops / 2)
+    rollout_s = rollout_tokens / world * 2 * count * max(1 / 64 / (bandwidth / 2), 1 / (flops / 2))
+    rows = [f"  {name:36} {size / 1e9:7.1f} GB" for name, size in gigabytes.items() if size]
+    need = sum(gigabytes.values()) / 1e9
+    rows.append(f"  {'in all':36} {need:7.1f} GB" + (f" of {total / 1e9:.0f}" if on_gpu else ""))
+    if on_gpu and need * 1e9 > total:
+        rows.append("  this does not fit: give --shard with more GPUs, --activation-checkpointing, --offload, or a "
+                    "smaller --micro-tokens")
+    timing = f"  at most {rollout_s:.0f} s rollout and {update_s:.0f} s update a step" if trained_tokens else ""
+    return "\n".join([f"plan for each of {world} process(es), {count / 1e6:.0f} M parameters:", *rows, timing]).rstrip()
+
+
 # ---------------------------------------------------------------- run folders
 
 
@@ -857,19 +1119,43 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-def save_checkpoint(folder: Path, state: dict) -> None:
-    """Everything needed to go on, as one file: complete, or still the one before."""
-    (folder / "checkpoint").mkdir(exist_ok=True)
-    scratch = folder / "checkpoint" / "state.tmp"
-    torch.save(state, scratch)
-    os.replace(scratch, folder / "checkpoint" / "state.pt")
+_WHOLE = {"full_state_dict": True, "cpu_offload": torch.cuda.is_available()}
+
+
+def training_state(model, optimizer=None) -> dict:
+    """{"model", "optimizer"}: whole tensors by name, for any number of ranks; complete on rank 0. All ranks call."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    options = dcp.StateDictOptions(**_WHOLE)
+    state = {"model": dcp.get_model_state_dict(model, options=options)}
+    if optimizer is not None:
+        state["optimizer"] = dcp.get_optimizer_state_dict(model, optimizer, options=options)
+    return state
+
+
+def load_training_state(model, optimizer, state: dict) -> None:
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    options = dcp.StateDictOptions(**_WHOLE)
+    dcp.set_model_state_dict(model, state["model"], options=options)
+    dcp.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+
+
+def save_checkpoint(folder: Path, state: dict, *, keep: int = 1) -> None:
+    """Everything needed to go on as checkpoint/step-N.pt, complete or not there at all; the last `keep` stay."""
+    folder = folder / "checkpoint"
+    folder.mkdir(exist_ok=True)
+    torch.save(state, folder / "state.tmp")
+    os.replace(folder / "state.tmp", folder / f"step-{state['step']:06d}.pt")
+    for old in sorted(folder.glob("step-*.pt"))[:-keep]:
+        old.unlink()
 
 
 def load_checkpoint(folder: Path) -> dict:
-    path = folder / "checkpoint" / "state.pt"
-    if not path.is_file():
-        raise InputError(f"{path}: no checkpoint to resume from; start without --resume")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    saved = sorted((folder / "checkpoint").glob("step-*.pt"))
+    if not saved:
+        raise InputError(f"{folder / 'checkpoint'}: no checkpoint to resume from; start without --resume")
+    return torch.load(saved[-1], map_location="cpu", weights_only=True)
 
 
 def rewind_metrics(folder: Path, step: int) -> None:

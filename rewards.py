@@ -41,11 +41,8 @@ class InputError(ValueError):
 # 1. Records (JSON Lines)
 
 
-def read_records(path) -> list[dict]:
-    """Read and validate a record file, one JSON object a line. Unknown fields stay; default fields are filled in.
-
-    Raises InputError `FILE:LINE: field 'X': what is wrong; remedy` at the first bad line; nothing is skipped silently.
-    """
+def json_lines(path):
+    """(line number, value) for each line of a JSON Lines file; InputError names file, line and remedy of a bad one."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
@@ -56,12 +53,20 @@ def read_records(path) -> list[dict]:
         lines.pop()
     if not lines:
         raise InputError(f"{path}: is empty; it needs one JSON object a line")
-    records, seen = [], {}
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}:{number}: is not JSON ({error}); write one object a line") from None
+
+
+def read_records(path) -> list[dict]:
+    """Read and validate a record file, one JSON object a line. Unknown fields stay; default fields are filled in.
+
+    Raises InputError `FILE:LINE: field 'X': what is wrong; remedy` at the first bad line; nothing is skipped silently.
+    """
+    records, seen = [], {}
+    for number, record in json_lines(path):
         try:
             validate_record(record)
             if record["id"] in seen:

@@ -1,7 +1,7 @@
 """Stage 2: clone expert answers. Cold start for a small model, and the SFT baseline row of the paper's tables.
 
     python sft.py                                              # SmolLM2-135M, runs/evolve/train.jsonl, about 6 minutes
-    torchrun --standalone --nproc-per-node 8 sft.py --preset paper --model Qwen/Qwen2.5-1.5B-Instruct --data FILE
+    torchrun --standalone --nproc-per-node 8 sft.py --preset paper --model Qwen/Qwen2.5-1.5B-Instruct --records FILE
     python sft.py --resume                                     # go on after a kill: bit for bit the same weights on CPU
 
 Cross-entropy on the expert's tokens and the end-of-turn token, never on the prompt (the released code trains on the
@@ -25,7 +25,7 @@ from rewards import InputError, read_records
 @dataclass
 class Config:
     model: str = m.DEFAULT_MODEL  # hub name, local folder, or smollm2-135m
-    data: str = "runs/evolve/train.jsonl"  # records with an `expert` answer; data/train.jsonl if evolve.py never ran
+    records: str = "runs/evolve/train.jsonl"  # records with an `expert` answer; data/train.jsonl if evolve.py never ran
     out: str = "runs/sft"  # run folder
     family: Literal["cold", "warm"] = "cold"  # answer format: think and answer tags, or think tags alone (R1 style)
     max_examples: int = 0  # train on the first N examples only; 0 = all
@@ -38,7 +38,11 @@ class Config:
     max_length: int = 1024  # longer sequences are left out, and counted
     micro_tokens: int = 1024  # tokens a micro-batch, padding included
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic; master weights are float32
+    shard: bool = False  # FSDP2: weights, gradients and optimizer split over all processes
+    offload: Literal["none", "all"] = "none"  # with --shard: keep weights, gradients and optimizer in host memory
+    activation_checkpointing: bool = False  # compute activations again in the backward pass: less memory, slower
     save_every: int = 25  # updates between checkpoints
+    keep: int = 1  # checkpoints kept; the best epoch is in RUN/model
     seed: int = 0  # of the split and the order
     resume: bool = False  # continue from RUN/checkpoint
 
@@ -51,14 +55,14 @@ PRESETS = {
 
 def load_examples(cfg: Config, tokenizer):
     """(train, validation) lists of (token ids, response start); the split depends on the seed and record ids alone."""
-    path = Path(cfg.data)
-    if not path.exists() and cfg.data == Config.data:
+    path = Path(cfg.records)
+    if not path.exists() and cfg.records == Config.records:
         path = m.data_dir / "train.jsonl"
-        print(f"{cfg.data} is not there (run python evolve.py): using the sample {path.name} in data/", file=sys.stderr)
+        print(f"{cfg.records} is not there (run python evolve.py): using the sample data/{path.name}", file=sys.stderr)
     records = [record for record in read_records(path) if record.get("expert")]
     if not records:
         raise InputError(f"{path}: no record has the field 'expert'; nothing to clone: run python evolve.py, or give "
-                         "--data a file with expert answers")
+                         "--records a file with expert answers")
     records = records[: cfg.max_examples or None]
     examples = [m.encode_expert(tokenizer, record, cfg.family) for record in records]
     kept = [example for example in examples if len(example[0]) <= cfg.max_length]
@@ -72,9 +76,12 @@ def load_examples(cfg: Config, tokenizer):
     return kept[n_val:], kept[:n_val]
 
 
-def loss_sum(policy, rows, dtype) -> torch.Tensor:
-    """Summed negative log-likelihood of the response tokens of the rows."""
-    logp_BR, _ = m.row_logprobs(policy, [[row] for row in rows], dtype)  # 0 beyond each row's end
+FILLER = [[m.Sequence([0, 0], 1)]]  # a micro-batch for ranks that have none left
+
+
+def loss_sum(policy, packs, dtype) -> torch.Tensor:
+    """Summed negative log-likelihood of the response tokens of a micro-batch."""
+    logp_BR, _ = m.row_logprobs(policy, packs, dtype)  # 0 beyond each row's end
     return -logp_BR.sum()
 
 
@@ -83,8 +90,8 @@ def validate(policy, rows, cfg: Config, dtype, rank: int, world: int) -> float:
     """Mean loss a token over the validation split; ranks share the work."""
     own = rows[rank::world]
     total = 0.0
-    for batch in m.token_batches([len(ids) for ids, _ in own], cfg.micro_tokens):
-        total += loss_sum(policy, [own[i] for i in batch], dtype).item()
+    for packs, weight in m.equal_counts(m.micro_batches(own, cfg.micro_tokens), FILLER):
+        total += weight * loss_sum(policy, packs, dtype).item()
     return m.sum_over_ranks(total) / sum(len(ids) - start for ids, start in rows)
 
 
@@ -97,6 +104,14 @@ def main():
     train, val = load_examples(cfg, tokenizer)
     dtype = m.compute_dtype(cfg.precision)
     run = m.open_run(cfg.out, cfg, resume=cfg.resume)
+    if rank == 0:
+        print(m.training_plan(policy, dtype=dtype, shard=cfg.shard, offload=cfg.offload,
+                              checkpointing=cfg.activation_checkpointing, micro_tokens=cfg.micro_tokens),
+              file=sys.stderr)
+    if cfg.activation_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.shard:
+        m.shard_model(policy, dtype, offload=cfg.offload == "all")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     updates_per_epoch = -(-len(train) // cfg.batch_size)
@@ -104,15 +119,9 @@ def main():
     step, best = 0, float("inf")
     if cfg.resume:
         state = m.load_checkpoint(run)
-        policy.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        m.load_training_state(policy, optimizer, state)
         step, best = state["step"], state["best"]
         m.rewind_metrics(run, step)
-
-    def checkpoint():
-        if rank == 0:
-            m.save_checkpoint(run, {"model": policy.state_dict(), "optimizer": optimizer.state_dict(),
-                                    "step": step, "best": best})
 
     policy.train()
     began = time.time()
@@ -127,14 +136,11 @@ def main():
             group["lr"] = cfg.lr * m.warmup_cosine(step, total_updates, cfg.warmup, cfg.lr_floor)
         own = batch[rank::world]
         loss = 0.0
-        for rows in m.token_batches([len(ids) for ids, _ in own], cfg.micro_tokens):
-            micro_loss = loss_sum(policy, [own[i] for i in rows], dtype) / tokens
+        for packs, weight in m.equal_counts(m.micro_batches(own, cfg.micro_tokens), FILLER):
+            micro_loss = weight * loss_sum(policy, packs, dtype) / tokens
             micro_loss.backward()
             loss += micro_loss.item()
-        m.sum_gradients(policy.parameters())
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        grad_norm = m.optimizer_step(policy, optimizer, step, [{"ids": ids, "start": start} for ids, start in own], run)
         step += 1
 
         row = {"step": step, "epoch": epoch + 1, "loss": m.sum_over_ranks(loss), "grad_norm": grad_norm,
@@ -142,7 +148,7 @@ def main():
         if position + 1 == updates_per_epoch:
             row["val_loss"] = validate(policy, val, cfg, dtype, rank, world)
             row["kept"] = row["val_loss"] < best
-            if row["kept"] and rank == 0:
+            if row["kept"]:
                 m.write_model(policy, tokenizer, run / "model")
             best = min(best, row["val_loss"])
             if rank == 0:
@@ -156,7 +162,9 @@ def main():
             m.keep_freed_memory(trim=True)
         stopping = stop()
         if step % cfg.save_every == 0 or position + 1 == updates_per_epoch or stopping:
-            checkpoint()
+            state = {**m.training_state(policy, optimizer), "step": step, "best": best}
+            if rank == 0:
+                m.save_checkpoint(run, state, keep=cfg.keep)
         if stopping:
             raise KeyboardInterrupt
     bar.close()

@@ -1,10 +1,15 @@
 """model.Endpoint and rewards.EndpointJudge against a loopback server that fails as real ones do."""
 
 import json
+import os
 import random
+import socket
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +95,39 @@ def test_a_served_judge_keeps_the_order_and_counts_what_it_cannot_read(server):
     # the template ends with the question, so this server echoes its last word
     verdicts = judge([("request", "answer", f"Answer {word}") for word in ["yes", "no", "perhaps", "yes"]])
     assert len(verdicts) == 4 and judge.asked == 4
+
+
+@pytest.mark.slow
+def test_a_judge_on_a_real_server(tmp_path):
+    """`transformers serve` with SmolLM2 (pip install "transformers[serving]"): nothing lost, order kept, none asked
+    again."""
+    pytest.importorskip("fastapi", reason='needs pip install "transformers[serving]"')
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = str(m.smollm2_folder())
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", folder, "--host", "127.0.0.1", "--port",
+               str(port)]
+    with open(tmp_path / "server.log", "w") as log:
+        served = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    try:
+        for _ in range(120):
+            assert served.poll() is None, (tmp_path / "server.log").read_text()[-2000:]
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(1)
+        url = f"http://127.0.0.1:{port}/v1"
+        items = [("Write a line about tea.", answer, question)
+                 for answer in ("Tea is a warm drink.", "Bread!", "A cup of tea makes me calm.")
+                 for question in ("Is it about tea?", "Is it rude?", "Does it mention bread? Answer yes or no.")]
+        judge = EndpointJudge(m.Endpoint(url, folder, concurrency=4, cache=tmp_path / "cache").chat)
+        verdicts = judge(items)
+        alone = [EndpointJudge(m.Endpoint(url, folder).chat)([item])[0] for item in items]
+    finally:
+        served.terminate()
+        served.wait()
+    assert verdicts == alone and judge.asked == len(items)
+    again = EndpointJudge(m.Endpoint(url, folder, max_retries=0, cache=tmp_path / "cache").chat)
+    assert again(items) == verdicts and again.unreadable == judge.unreadable  # the server is gone
+    print(f"{len(items)} items, {sum(verdicts)} yes, {judge.unreadable} unreadable")

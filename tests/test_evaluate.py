@@ -152,6 +152,12 @@ class FakeEngine:
         self.asked += [bytes(ids).decode() for ids in prompts]
         return [[self.answer(text)] for text in self.asked[-len(prompts) :]]
 
+    def wake(self):
+        pass
+
+    def sync(self, model):
+        assert model.name == self.name
+
     def answer(self, prompt):
         number = int(re.search(r"\(r(\d+)\)", prompt)[1])
         good = "good" in self.name or number % 2
@@ -174,7 +180,7 @@ def fakes(monkeypatch, tmp_path):
         return Prompt(list(f"{mode} {messages[-1]['content']}".encode()), prefill)
 
     monkeypatch.setattr(evaluate, "load_model", fake_load)
-    monkeypatch.setattr(evaluate, "make_engine", lambda backend, model, tokenizer: engines[model.name])
+    monkeypatch.setattr(evaluate, "make_engine", lambda backend, model, *args, **kwargs: engines[model.name])
     monkeypatch.setattr(evaluate, "answer_perplexity", lambda *args: 12.5)
     monkeypatch.setattr(evaluate, "render_prompt", fake_prompt)
     monkeypatch.chdir(tmp_path)
@@ -301,3 +307,30 @@ def test_every_setting_has_a_comment():
 
     lines = [line for line in inspect.getsource(Config).splitlines() if re.match(r"    \w+: ", line)]
     assert lines and all("  # " in line for line in lines)
+
+
+def test_judge_agreement(tmp_path, capsys, monkeypatch):
+    rows = [{"instruction": "Write.", "answer": a, "question": "Is it tea?", "label": a.startswith("tea")}
+            for a in ["tea"] * 6 + ["milk"] * 4]
+    rows[0]["answer"] = "milk"  # labelled yes, judged no
+    rows[9]["answer"] = "tea"  # labelled no, judged yes
+
+    class Judge:
+        unreadable = 0
+
+        def __call__(self, items):
+            return [answer == "tea" for _, answer, _ in items]
+
+    path = tmp_path / "labels.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report, verdicts = evaluate.judge_agreement(Judge(), path)
+    # 5 true and 1 false yes, 3 true and 1 false no; chance agreement 0.6² + 0.4²
+    assert report["accuracy"] == 0.8 and report["precision"] == report["recall"] == pytest.approx(5 / 6)
+    assert report["kappa"] == pytest.approx((0.8 - 0.52) / 0.48) and report["n"] == 10
+    assert [row["verdict"] for row in verdicts] == [row["answer"] == "tea" for row in rows]
+    monkeypatch.setattr(evaluate, "make_judge", lambda *args, **kwargs: Judge())
+    evaluate.main(["--judge", "toy", "--judge-agreement", str(path), "--run", str(tmp_path / "run")])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"] == 0.8
+    path.write_text('{"instruction": "Write.", "answer": "tea", "question": "Is it?", "label": "yes"}\n')
+    with pytest.raises(evaluate.InputError, match=r"labels.jsonl:1: field 'label'"):
+        evaluate.judge_agreement(Judge(), path)

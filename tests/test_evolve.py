@@ -161,7 +161,7 @@ def test_cut_draft(text, expected):
     "lines, message",
     [
         ([], "no requests"),
-        (["{"], ":1: not a JSON object"),
+        (["{"], ":1: is not JSON"),
         ([{"id": "a", "language": "en", "text": "Why?"}, {"id": "b", "language": "en"}], ":2: field 'text'"),
         ([{"id": "a", "language": "fr", "text": "Pourquoi ?"}], ":1: field 'language'"),
         ([{"id": "a", "language": "zh", "text": "为什么？"}], ":1: field 'draft'"),

@@ -146,7 +146,7 @@ def scored(tiny, reasoning, direct, record=RECORD, **settings):
     cfg = grpo.Config(group=len(reasoning), direct=len(direct), **settings)
     tokenizer = m.load_model(str(tiny))[1]
     samples = grpo.rollout(ScriptedEngine(reasoning, direct), tokenizer, [record], 0, cfg)
-    grpo.score_samples(samples, cfg)
+    grpo.score_samples(samples, None, cfg)
     grpo.assign_advantages(samples, cfg)
     return [s for s in samples if s["mode"] == "cot"], [s for s in samples if s["mode"] == "direct"]
 
@@ -179,7 +179,7 @@ def test_math_takes_all_rollouts_with_reasoning_and_is_never_skipped(tiny):
     tokenizer = m.load_model(str(tiny))[1]
     engine = ScriptedEngine(["x\n</think>\n<answer>\n\\boxed{1}\n</answer>", "\\boxed{7}", "no box"], [])
     samples = grpo.rollout(engine, tokenizer, [record], 0, cfg)
-    grpo.score_samples(samples, cfg)
+    grpo.score_samples(samples, None, cfg)
     grpo.assign_advantages(samples, cfg)
     assert [s["reward"] for s in samples] == [3.0, -2.5, -3.0]
     assert all(s["mode"] == "cot" and s["kept"] for s in samples)
@@ -187,7 +187,8 @@ def test_math_takes_all_rollouts_with_reasoning_and_is_never_skipped(tiny):
 
 def test_a_rule_that_could_never_fire_is_refused(tiny, tmp_path):
     data = write_records(tmp_path / "d.jsonl", make_records(4))
-    result = run_stage("grpo.py", "--model", tiny, "--data", data, "--direct", 0, "--out", tmp_path / "r", check=False)
+    result = run_stage("grpo.py", "--model", tiny, "--records", data, "--direct", 0, "--out", tmp_path / "r",
+                       check=False)
     assert result.returncode == 2 and "could never fire" in result.stderr
 
 
@@ -212,11 +213,11 @@ def test_missing_pools_are_named(tiny, tmp_path):
     tokenizer = m.load_model(str(tiny))[1]
     path = write_records(tmp_path / "d.jsonl", make_records(4, expert=False))
     with pytest.raises(InputError, match="--math-ratio 0"):
-        grpo.load_pools(grpo.Config(data=str(path)), tokenizer)
+        grpo.load_pools(grpo.Config(records=str(path)), tokenizer)
     with pytest.raises(InputError, match="--bc-coef 0"):
-        grpo.load_pools(grpo.Config(data=str(path), math_ratio=0), tokenizer)
+        grpo.load_pools(grpo.Config(records=str(path), math_ratio=0), tokenizer)
     with pytest.raises(InputError, match="no instruction record"):
-        grpo.load_pools(grpo.Config(data=str(write_records(tmp_path / "e.jsonl", math_records(3)))), tokenizer)
+        grpo.load_pools(grpo.Config(records=str(write_records(tmp_path / "e.jsonl", math_records(3)))), tokenizer)
 
 
 # ---------------------------------------------------------------- the same gradient at any layout
@@ -227,10 +228,12 @@ sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import grpo, model as m
 from conftest import build_model, double
 
-def gradient(dtype, micro_tokens):
+def gradient(dtype, micro_tokens, sharded=False):
     policy, reference = build_model(64, seed=0), build_model(64, seed=1).requires_grad_(False)
     if dtype == torch.float64:
         policy, reference = double(policy), double(reference)
+    if sharded:
+        m.shard_model(policy, dtype), m.shard_model(reference, dtype)
     rng = random.Random(0)
     rows = []  # the stored rollouts
     for i in range(12):
@@ -243,12 +246,16 @@ def gradient(dtype, micro_tokens):
     for part in (rows[::2], rows[1::2]):
         grpo.policy_backward(policy, reference, part[rank::world], len(part), cfg, dtype)
     grpo.cloning_backward(policy, rows[rank:5:world], 5, cfg, dtype)
-    m.sum_gradients(policy.parameters())
+    if sharded:
+        return torch.cat([p.grad.full_tensor().flatten() for p in policy.parameters()])
+    for p in policy.parameters():
+        if world > 1:
+            torch.distributed.all_reduce(p.grad)
     return torch.cat([p.grad.flatten() for p in policy.parameters()])
 
 rank, world = m.init_distributed()
-gradients = {{(dtype, size): gradient(getattr(torch, dtype), size)
-             for dtype in ("float64", "float32") for size in (10_000, 40)}}
+gradients = {{(dtype, size, sharded): gradient(getattr(torch, dtype), size, sharded)
+             for dtype in ("float64", "float32") for size in (10_000, 40) for sharded in (False, True)[:world]}}
 if rank == 0:
     torch.save(gradients, sys.argv[1])
 """
@@ -261,8 +268,9 @@ def test_one_gradient_for_any_split_and_number_of_ranks(tmp_path):
     run_stage(script, tmp_path / "two", processes=2)
     one, two = torch.load(tmp_path / "one"), torch.load(tmp_path / "two")
     for dtype, tolerance in [("float64", 1e-9), ("float32", 1e-5)]:
-        expected = one[dtype, 10_000]
-        for other in (one[dtype, 40], two[dtype, 10_000], two[dtype, 40]):
+        expected = one[dtype, 10_000, False]
+        others = [one[dtype, 40, False]] + [two[dtype, size, shard] for size in (10_000, 40) for shard in (False, True)]
+        for other in others:
             assert (other - expected).norm() <= tolerance * expected.norm()
 
 
@@ -283,7 +291,7 @@ def weights(folder):
 
 
 def test_two_processes_take_the_same_steps_as_one(tiny, toy_data, tmp_path):
-    flags = ["--model", tiny, "--data", toy_data, "--steps", 2, "--updates", 2, *FAST]
+    flags = ["--model", tiny, "--records", toy_data, "--steps", 2, "--updates", 2, *FAST]
     run_stage("grpo.py", *flags, "--out", tmp_path / "one")
     run_stage("grpo.py", *flags, "--out", tmp_path / "two", processes=2)
     one, two = (m.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
@@ -297,13 +305,70 @@ def test_two_processes_take_the_same_steps_as_one(tiny, toy_data, tmp_path):
     assert sorted(names[0]) == sorted(names[1])
 
 
+def test_a_sharded_run_takes_the_same_steps_and_resumes_on_another_number_of_ranks(tiny, toy_data, tmp_path):
+    flags = ["--model", tiny, "--records", toy_data, "--steps", 3, "--save-every", 2, *FAST]
+    run_stage("grpo.py", *flags, "--out", tmp_path / "one")
+    run_stage("grpo.py", *flags, "--shard", "--activation-checkpointing", "--out", tmp_path / "two", processes=2)
+    one, two = (m.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["response_tokens"] == b["response_tokens"]
+        for key in ("policy_loss", "kl", "bc_loss", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=2e-5)
+    m.load_model(str(tmp_path / "two" / "model"))
+    # go on from two sharded ranks with one that is not sharded: steps 4 and 5 are those of the uninterrupted run
+    flags[5] = 5
+    run_stage("grpo.py", *flags, "--lr-horizon", 6, "--out", tmp_path / "two", "--resume")
+    run_stage("grpo.py", *flags, "--lr-horizon", 6, "--out", tmp_path / "one", "--resume")
+    expected, got = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(expected[name], got[name], atol=1e-4) for name in expected)
+
+
+def test_sft_sharded_equals_one_process(tiny, toy_data, tmp_path):
+    flags = ["--model", tiny, "--records", toy_data, "--epochs", 1, "--batch-size", 4, "--precision", "fp32"]
+    run_stage("sft.py", *flags, "--out", tmp_path / "one")
+    run_stage("sft.py", *flags, "--shard", "--out", tmp_path / "two", processes=2)
+    one, two = (m.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    assert one[-1]["val_loss"] == pytest.approx(two[-1]["val_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["grpo", "sft"])
+def test_twenty_kills_at_random_moments_change_nothing(stage, tiny, toy_data, tmp_path):
+    """Also inside a checkpoint write: every step saves one. A run is killed and resumed until it gets to its end."""
+    flags = (["--steps", 60, "--save-every", 1, *FAST] if stage == "grpo" else
+             ["--epochs", 12, "--batch-size", 4, "--save-every", 1, "--precision", "fp32"])
+    command = [f"{stage}.py", "--model", tiny, "--records", toy_data, *flags]
+    began = time.time()
+    run_stage(*command, "--out", tmp_path / "straight")
+    whole, expected = time.time() - began, weights(tmp_path / "straight")
+    rng, kills, runs = random.Random(0), 0, 0
+    while kills < 20:
+        out, code = tmp_path / f"killed-{runs}", None
+        while code != 0:
+            resume = ["--resume"] if list((out / "checkpoint").glob("step-*.pt")) else []
+            process = subprocess.Popen([sys.executable, *map(str, command), "--out", str(out), *resume], cwd=ROOT,
+                                       stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            try:
+                code = process.wait(rng.uniform(0.4, 1.0) * whole)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                code = process.wait()
+                kills += 1
+        got, runs = weights(out), runs + 1
+        assert all(torch.equal(expected[name], got[name]) for name in expected)
+    print(f"{kills} kills in {runs} runs")
+
+
 @pytest.mark.parametrize("stage", ["grpo", "sft"])
 def test_killed_and_resumed_equals_uninterrupted(stage, tiny, toy_data, tmp_path):
     if stage == "grpo":
         flags = ["--steps", 8, "--save-every", 2, *FAST]
     else:
         flags = ["--epochs", 4, "--batch-size", 4, "--save-every", 2, "--precision", "fp32"]
-    command = [f"{stage}.py", "--model", tiny, "--data", toy_data, *flags]
+    command = [f"{stage}.py", "--model", tiny, "--records", toy_data, *flags]
     run_stage(*command, "--out", tmp_path / "straight")
     killed = tmp_path / "killed"
     process = subprocess.Popen(
@@ -323,7 +388,7 @@ def test_killed_and_resumed_equals_uninterrupted(stage, tiny, toy_data, tmp_path
 
 
 def test_sigterm_saves_before_it_stops(tiny, toy_data, tmp_path):
-    command = [sys.executable, "grpo.py", "--model", str(tiny), "--data", str(toy_data), "--steps", "500",
+    command = [sys.executable, "grpo.py", "--model", str(tiny), "--records", str(toy_data), "--steps", "500",
                "--save-every", "1000", *map(str, FAST), "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while not m.read_jsonl(tmp_path / "run" / "metrics.jsonl"):
@@ -369,7 +434,7 @@ def all_met(folder, records):
     model, tokenizer = m.load_model(str(folder))
     cfg = grpo.Config(group=2, direct=0, max_new_tokens=64)
     samples = grpo.rollout(m.make_engine("hf", model, tokenizer), tokenizer, records, 0, cfg)
-    grpo.score_samples(samples, cfg)
+    grpo.score_samples(samples, None, cfg)
     return sum(s["accuracy"] == 2 for s in samples) / len(samples)
 
 
@@ -382,10 +447,10 @@ def test_reinforcement_learning_raises_the_reward(tmp_path):
     build_model(len(tokenizer), hidden=128).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     threads = {"OMP_NUM_THREADS": "2"}
-    run_stage("sft.py", "--model", tmp_path / "base", "--data", data, "--epochs", 8, "--batch-size", 16, "--lr", 2e-3,
-              "--precision", "fp32", "--out", tmp_path / "sft", **threads)
-    run_stage("grpo.py", "--model", tmp_path / "sft/model", "--data", data, "--steps", 40, "--prompts", 8, "--group", 8,
-              "--direct", 0, "--no-superior-cot", "--bc-coef", 0, "--math-ratio", 0, "--lr", 5e-4,
+    run_stage("sft.py", "--model", tmp_path / "base", "--records", data, "--epochs", 8, "--batch-size", 16,
+              "--lr", 2e-3, "--precision", "fp32", "--out", tmp_path / "sft", **threads)
+    run_stage("grpo.py", "--model", tmp_path / "sft/model", "--records", data, "--steps", 40, "--prompts", 8,
+              "--group", 8, "--direct", 0, "--no-superior-cot", "--bc-coef", 0, "--math-ratio", 0, "--lr", 5e-4,
               "--max-new-tokens", 64, "--precision", "fp32", "--save-every", 100, "--out", tmp_path / "rl", **threads)
     heldout = toy_task(NOUNS, 96, seed=1)
     before, after = all_met(tmp_path / "sft/model", heldout), all_met(tmp_path / "rl/model", heldout)

@@ -73,13 +73,15 @@ def test_packed_groups_equal_separate_rows():
         [([5, 9, 3, 7, 11], 3), ([5, 9, 3, 8], 3), ([5, 9, 3, 7, 11, 2, 6, 4], 3)],
         [([4, 6, 10], 2)],
         [([1, 2, 3, 4], 1), ([1, 9], 1)],
+        [([1, 2, 3, 4, 5], 3), ([1, 2, 9, 4], 3), ([1, 2, 9, 8, 7, 7], 4)],  # prompts that only begin alike
+        [([7, 2, 3], 2), ([8, 2], 1)],
     ]
     rows = [row for pack in packs for row in pack]
     results = []
     for form in (packs, [[row] for row in rows]):
         model.zero_grad()
         logp_BR, mask_BR = m.row_logprobs(model, form, torch.float64)
-        (logp_BR * torch.arange(1, 7, dtype=torch.float64)[:, None]).sum().backward()
+        (logp_BR * torch.arange(1, 12, dtype=torch.float64)[:, None]).sum().backward()
         results.append((logp_BR.detach(), mask_BR, torch.cat([p.grad.flatten() for p in model.parameters()])))
     for packed, separate in zip(*results, strict=True):
         torch.testing.assert_close(packed, separate, rtol=1e-9, atol=1e-12)
@@ -329,9 +331,9 @@ def test_bad_input_is_one_line_and_exit_code_2(stage, tiny, tmp_path):
     unknown.write_text(unknown.read_text().replace("english_lowercase", "no_such_kind").replace("no_comma", "nothing")
                        .replace("keywords:existence", "keywords:none"))
     for flags, words in [
-        (["--data", bad, "--model", tiny], ["bad.jsonl:1", "messages"]),
-        (["--data", empty, "--model", tiny], ["empty.jsonl"]),
-        (["--data", unknown, "--model", tiny], ["unknown.jsonl:1", "constraints[0]", "unknown"]),
+        (["--records", bad, "--model", tiny], ["bad.jsonl:1", "messages"]),
+        (["--records", empty, "--model", tiny], ["empty.jsonl"]),
+        (["--records", unknown, "--model", tiny], ["unknown.jsonl:1", "constraints[0]", "unknown"]),
         (["--model", tmp_path / "none"], ["none", "--model"]),
     ]:
         result = run_stage(stage, *flags, "--out", tmp_path / "run", check=False)

