@@ -1145,7 +1145,8 @@ def save_checkpoint(folder: Path, state: dict, *, keep: int = 1) -> None:
     """Everything needed to go on as checkpoint/step-N.pt, complete or not there at all; the last `keep` stay."""
     folder = folder / "checkpoint"
     folder.mkdir(exist_ok=True)
-    torch.save(state, folder / "state.tmp")
+    with open(folder / "state.tmp", "wb") as file:  # given a path, torch does not say that the disk is full
+        torch.save(state, file)
     os.replace(folder / "state.tmp", folder / f"step-{state['step']:06d}.pt")
     for old in sorted(folder.glob("step-*.pt"))[:-keep]:
         old.unlink()

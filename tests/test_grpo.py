@@ -95,6 +95,22 @@ def test_first_update_is_reinforce_and_kl_needs_no_reference_when_off(tensors):
     assert stats["clip_share"] == 0
 
 
+def test_variants_of_the_loss(tensors):
+    logp, old, ref, advantages, lengths, mask = tensors
+    ratio = torch.exp(logp - old)
+    for high in (0.2, 0.5):
+        per_token = -torch.minimum(ratio * advantages[:, None], ratio.clamp(0.8, 1 + high) * advantages[:, None])
+        sums_B = (per_token * mask).sum(1)
+        variants = {  # DAPO: every token counts the same; Dr. GRPO: a constant in place of the row's length
+            "grpo": (dict(), (sums_B / mask.sum(1).clamp(min=1)).sum() / 5),
+            "dapo": (dict(row_length=1, normalizer=sum(lengths)), sums_B.sum() / sum(lengths)),
+            "dr_grpo": (dict(row_length=64), sums_B.sum() / 64 / 5),
+        }
+        for settings, expected in variants.values():
+            loss, _ = grpo.grpo_loss(logp, old, ref, advantages, mask, kl_coef=0, clip_high=high, **settings)
+            torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_group_advantages():
     rewards_PG = torch.tensor([[3.0, 1.0, -1.0], [0.1, 0.1, 0.1], [2.0, 2.0, -3.0]])
     advantages_PG = grpo.group_advantages(rewards_PG)
@@ -173,6 +189,30 @@ def test_the_rule_fires_and_can_be_switched_off(tiny):
     assert all(s["kept"] for s in reasoning)
 
 
+def test_variants_of_reward_and_advantage(tiny):
+    texts = [PERFECT, HALF, NO_FORMAT]
+    for flags, rewards, advantages in [
+        (dict(advantage="none"), [3.0, 1.5, -3.0], [3.0, 1.5, -3.0]),
+        (dict(advantage="mean_only"), [3.0, 1.5, -3.0], [2.5, 1.0, -3.5]),
+        (dict(advantage="none", reward="fraction"), [2.0, 1.5, -1.0], [2.0, 1.5, -1.0]),
+        (dict(advantage="none", reward="all"), [2.0, 1.0, -1.0], [2.0, 1.0, -1.0]),
+    ]:
+        reasoning, direct = scored(tiny, texts, ["Green, Tea"], superior_cot=False, **flags)
+        assert [s["reward"] for s in reasoning] == rewards
+        assert [s["advantage"] for s in reasoning] == pytest.approx(advantages)
+        metrics = grpo.rollout_metrics(reasoning + direct)
+        assert metrics["all_met"] == pytest.approx(1 / 3, abs=1e-3) and metrics["direct_all_met"] == 0
+
+
+def test_code_only_leaves_out_judged_constraints():
+    judged = {"kind": "judge", "question": "Is it?", "text": "Be nice.", "depends_on": [0], "active": True}
+    first, second = RECORD["constraints"]
+    record = {**RECORD, "constraints": [first, judged, {**second, "depends_on": [1]}]}
+    got = grpo.code_only(record)["constraints"]
+    assert [(c["id"], c["depends_on"]) for c in got] == [(first["id"], []), (second["id"], [0])]
+    assert grpo.code_only({**record, "constraints": [judged | {"depends_on": []}]})["constraints"] == []
+
+
 def test_math_takes_all_rollouts_with_reasoning_and_is_never_skipped(tiny):
     record = math_records(1)[0]
     cfg = grpo.Config(group=2, direct=1)
@@ -207,6 +247,24 @@ def test_prompts_of_a_step_are_a_function_of_seed_and_step():
         assert len(set(order[10 * turn : 10 * turn + 10])) == 10
     assert order[:10] != order[10:20]
     assert steps[7] == grpo.prompts_of_step(pools, 7, cfg)
+
+
+def test_data_may_be_one_kind_alone():
+    pools = {"instruction": make_records(10), "math": math_records(3)}
+    for data, task in (("complex", "instruction"), ("math", "math")):
+        chosen = [r for step in range(3) for r in grpo.prompts_of_step(pools, step, grpo.Config(data=data))]
+        assert len(chosen) == 12 and {r["task"] for r in chosen} == {task}
+
+
+def test_judged_records_need_a_judge(tiny, tmp_path):
+    records = make_records(3)
+    records[1]["constraints"].append({"kind": "judge", "question": "Is it polite?"})
+    path, tokenizer = write_records(tmp_path / "d.jsonl", records), m.load_model(str(tiny))[1]
+    cfg = dict(records=str(path), math_ratio=0, bc_coef=0)
+    with pytest.raises(InputError, match="--judge MODEL"):
+        grpo.load_pools(grpo.Config(**cfg), tokenizer)
+    assert len(grpo.load_pools(grpo.Config(**cfg, judge="some"), tokenizer)["instruction"]) == 3
+    assert len(grpo.load_pools(grpo.Config(**cfg, code_only=True), tokenizer)["instruction"]) == 3
 
 
 def test_missing_pools_are_named(tiny, tmp_path):
@@ -385,6 +443,15 @@ def test_killed_and_resumed_equals_uninterrupted(stage, tiny, toy_data, tmp_path
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     steps = [row["step"] for row in m.read_jsonl(killed / "metrics.jsonl")]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_run_without_any_difference_in_reward_says_so(tiny, toy_data, tmp_path):
+    """The random model never finds the format: every group is flat."""
+    flags = ["--model", tiny, "--records", toy_data, "--steps", 10, *FAST, "--keep", 2, "--save-every", 4]
+    result = run_stage("grpo.py", *flags, "--out", tmp_path / "run")
+    assert "nothing is learned" in result.stderr and "plan for each of 1 process" in result.stderr
+    assert [f.name for f in sorted((tmp_path / "run" / "checkpoint").iterdir())] == ["step-000008.pt", "step-000010.pt"]
+    m.load_model(str(tmp_path / "run" / "best"))
 
 
 def test_sigterm_saves_before_it_stops(tiny, toy_data, tmp_path):

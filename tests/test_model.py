@@ -1,5 +1,7 @@
 """model.py: log-probabilities, the rollout engine, prompts, settings and run folders."""
 
+import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -319,6 +321,55 @@ def test_warmup_then_cosine():
     factors = [m.warmup_cosine(step, 100, 0.1, 0.1) for step in range(101)]
     assert factors[0] == pytest.approx(0.1) and factors[9] == factors[10] == 1.0
     assert factors[100] == pytest.approx(0.1) and all(a >= b for a, b in zip(factors[9:], factors[10:], strict=False))
+
+
+def test_a_gradient_that_is_not_finite_is_dumped_and_the_third_in_a_row_ends_the_run(tmp_path):
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = model.weight.detach().clone()
+
+    def update(number, value):
+        model.weight.grad = torch.full_like(model.weight, value)
+        return m.optimizer_step(model, optimizer, number, [{"id": f"record-{number}"}], tmp_path)
+
+    assert not math.isfinite(update(0, float("nan"))) and model.weight.grad is None
+    assert torch.equal(model.weight, before)
+    assert update(1, 3.0) == pytest.approx(3 * 2**0.5) and not torch.equal(model.weight, before)
+    update(2, float("inf"))
+    update(3, float("nan"))
+    with pytest.raises(InputError, match="3 updates in a row"):
+        update(4, float("nan"))
+    dumps = sorted(f.name for f in (tmp_path / "nonfinite").iterdir())
+    assert dumps == [f"update-{n:06d}-rank-0.jsonl" for n in (0, 2, 3, 4)]
+    assert m.read_jsonl(tmp_path / "nonfinite" / dumps[1]) == [{"id": "record-2"}]
+
+
+def test_a_full_disk_is_one_line(capsys):
+    def main():
+        with open("/dev/full", "wb") as file:
+            torch.save({"weights": torch.zeros(10)}, file)
+
+    with pytest.raises(SystemExit) as stop:
+        m.launch(main)
+    assert stop.value.code == 2 and "no space left" in capsys.readouterr().err
+
+
+def test_the_last_checkpoints_stay(tmp_path):
+    for step in range(1, 5):
+        m.save_checkpoint(tmp_path, {"step": step}, keep=2)
+    assert sorted(f.name for f in (tmp_path / "checkpoint").iterdir()) == ["step-000003.pt", "step-000004.pt"]
+    assert m.load_checkpoint(tmp_path)["step"] == 4
+
+
+def test_the_plan_follows_shapes_and_flags(loaded):
+    def in_all(**settings):
+        text = m.training_plan(loaded[0], dtype=torch.float32, trained_tokens=100, rollout_tokens=100, **settings)
+        return text, float(re.search(r"in all +([\d.]+) GB", text)[1])
+
+    text, plain = in_all()
+    assert "s rollout and" in text and "reference" not in text
+    assert in_all(reference=True, engine="hf")[1] >= plain and in_all(micro_tokens=100_000)[1] > 1.5 * plain
+    assert in_all(micro_tokens=100_000, checkpointing=True)[1] < in_all(micro_tokens=100_000)[1]
 
 
 @pytest.mark.parametrize("stage", ["sft.py", "grpo.py"])
