@@ -1,4 +1,4 @@
-"""On a GPU machine: pytest -m gpu. The tiny model on CUDA does what it does on the CPU; vllm too where it is installed."""
+"""On a GPU machine: pytest -m gpu. The tiny model on CUDA does what it does on the CPU; vllm too where installed."""
 
 import pytest
 import torch
