@@ -176,7 +176,7 @@ def policy_backward(policy, reference, rows: list[Row], normalizer: int, cfg: Co
                                 kl_coef=cfg.kl_coef, normalizer=normalizer, clip_high=cfg.clip_high,
                                 row_length={"grpo": None, "dapo": 1, "dr_grpo": cfg.max_new_tokens}[cfg.loss])
         (weight * loss).backward()
-        lengths = [pack[0].start + sum(len(row.ids) - row.start for row in pack) for pack in packs]
+        lengths = [m.pack_length(pack) for pack in pairs]
         stats |= {"tokens": sum(lengths), "slots": len(lengths) * max(lengths)}
         totals.update({name: weight * value for name, value in stats.items()})
     return totals

@@ -490,7 +490,7 @@ def packed_logprobs(model, packs, *, temperature=1.0, chunk=1024):
     the separate rows. Returns (B, T_response) like token_logprobs, the B responses in the order of the packs.
     """
     shared = [common_prefix([ids[:start] for ids, start in pack]) for pack in packs]
-    width = max(n + sum(len(ids) - n for ids, _ in pack) for n, pack in zip(shared, packs, strict=True))
+    width = max(map(pack_length, packs))
     ids_BT = torch.zeros(len(packs), width, dtype=torch.long)
     segment_BT = torch.full((len(packs), width), -1)  # 0 the beginning, 1, 2, … the rests, -1 padding
     position_BT = torch.zeros(len(packs), width, dtype=torch.long)
@@ -571,6 +571,12 @@ def common_prefix(rows: list[list[int]]) -> int:
     """How many tokens the rows have in common at their beginning."""
     first, last = min(rows), max(rows)
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+
+
+def pack_length(pack) -> int:
+    """Tokens of a pack of (token ids, response start): what its rows have in common counts once."""
+    shared = common_prefix([ids[:start] for ids, start in pack])
+    return shared + sum(len(ids) - shared for ids, _ in pack)
 
 
 def micro_batches(rows, budget: int) -> list[list[list]]:
