@@ -17,6 +17,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import mean
 from typing import Literal
@@ -61,7 +62,8 @@ OOD_KINDS = (  # never in train.jsonl: what is learned about the other kinds has
     "change_case:english_capital",
     "change_case:capital_word_frequency",
 )
-IDLE_KINDS = ("language:response_language",)  # the answer is in the language of the request anyway: nothing to learn
+IDLE_KINDS = ("language:response_language",)  # an answer is in the language of its request anyway: only --kinds all
+COMPOSITIONS = ("and", "chain", "selection", "nested")
 
 
 @dataclass
@@ -79,6 +81,9 @@ class Config:
     weight_1: float = 0.55  # weight of instructions with one constraint
     weight_2: float = 0.3  # … with two
     weight_3: float = 0.15  # … with three
+    weight_4: float = 0.0  # … with four
+    weight_5: float = 0.0  # … with five
+    compositions: Literal["and", "all"] = "and"  # all: And, Chain, Selection and Nested in equal parts
     keep_easy: float = 0.5  # chance of keeping a constraint that the plain draft already meets
     heldout_share: float = 0.3  # share of the requests that only the held-out file may use
     uses: int = 1  # training records per request
@@ -97,8 +102,9 @@ def read_seeds(cfg: Config) -> list[dict]:
     """The plain requests, checked line by line: id, language, topic, ability, text; Chinese ones with a draft."""
     files = {"en": [data_dir / "seeds.jsonl"], "zh": [data_dir / "seeds_zh.jsonl"]}
     files["both"] = files["en"] + files["zh"]
+    forms = [data_dir / "seeds_forms.jsonl"] if cfg.kinds == "all" else []  # drafts with lists, digits, questions …
     seeds, first_seen = [], {}
-    for path in [Path(cfg.seeds)] if cfg.seeds else files[cfg.language]:
+    for path in [Path(cfg.seeds)] if cfg.seeds else files[cfg.language] + forms:
         for number, seed in rewards.json_lines(path):
             where = f"{path}:{number}"
             if not isinstance(seed, dict):
@@ -229,13 +235,14 @@ def cut_draft(text: str, language: str, max_words: int) -> tuple[str | None, str
 # ---------------------------------------------------------------- step 3: constraints
 
 
-def draw_constraints(rng, seed: dict, kinds, first, tried: Counter, cfg: Config) -> list[tuple[str, dict]]:
-    """1 to 3 compatible (id, kwargs) with arguments that fit the draft, or [] if none fits.
+def draw_constraints(rng, seed: dict, kinds, first, tried: Counter, cfg: Config, least=1) -> list[tuple[str, dict]]:
+    """1 to 5 compatible (id, kwargs) with arguments that fit the draft, or [] if fewer than `least` fit.
 
     Kinds tried least so far come first (tries are counted, so a kind that rarely fits is not forced); where `first` is
     given, one of its kinds is in.
     """
-    wanted = rng.choices((1, 2, 3), (cfg.weight_1, cfg.weight_2, cfg.weight_3))[0]
+    weights = (cfg.weight_1, cfg.weight_2, cfg.weight_3, cfg.weight_4, cfg.weight_5)
+    wanted = max(least, rng.choices((1, 2, 3, 4, 5), weights)[0])
     chosen: list[tuple[str, dict]] = []
     for pool, count in ((first, 1 if first else 0), (kinds, wanted)):
         for kind in sorted(pool, key=lambda kind: tried[kind] + 3 * rng.random()):
@@ -248,7 +255,7 @@ def draw_constraints(rng, seed: dict, kinds, first, tried: Counter, cfg: Config)
                     chosen.append((kind, kwargs))
         if len(chosen) < min(count, 1):
             return []
-    return chosen
+    return chosen if len(chosen) >= least else []
 
 
 def draw_kwargs(rng, kind: str, seed: dict, keep_easy: float) -> dict | None:
@@ -263,36 +270,27 @@ def draw_kwargs(rng, kind: str, seed: dict, keep_easy: float) -> dict | None:
 # ---------------------------------------------------------------- step 4: instruction wording
 
 
-def pick_variant(rng, kind: str, language: str, heldout: bool) -> int:
-    """The last third of a kind's wordings (one at least) is for the held-out file only, the others for training."""
-    total = len(CONSTRAINTS[kind].wordings[language])
-    reserved = max(1, total // 3)
-    return rng.randrange(total - reserved, total) if heldout else rng.randrange(total - reserved)
+def variants(kind: str, language: str, heldout: bool, plain: bool) -> list[int]:
+    """The last third of a kind's wordings (one at least) is for the held-out file only, the others for training.
+
+    plain: only those that are a single sentence. One that quotes the request never is: its place is the end.
+    """
+    wordings = CONSTRAINTS[kind].wordings[language]
+    split = len(wordings) - max(1, len(wordings) // 3)
+    numbers = range(split, len(wordings)) if heldout else range(split)
+    return [n for n in numbers if not plain or _PLAIN.fullmatch(re.sub(r"{\w+}", "", wordings[n]))]
 
 
 _NOT_A_VERB = re.compile(
     r"(the|your|in|no|every|each|an?|there|it|this|all|at|i|if|both|only|within|as|nothing|please)\b", re.I
 )
-_JOINTS = {
-    "en": {
-        "first": ("", "", "Please ", "For this, "),
-        "more": ("", "Also, ", "In addition, ", "Besides, ", "Please ", "At the same time, "),
-        "before": ("Follow this in your reply: ", "Keep to this when you answer: ", ""),
-        "request": ("Here is the request: ", "Now to the task: ", "With that in mind: "),
-        "after": ("For the reply:", "What matters about the answer:", "Conditions for your reply:"),
-        "list": ("; ", "; and "),
-        "space": " ",
-    },
-    "zh": {
-        "first": ("", "", "要求："),
-        "more": ("", "另外，", "同时，", "此外，"),
-        "before": ("回答时请注意：", "请遵守以下要求："),
-        "request": ("问题是：", "任务如下：", "请回答："),
-        "after": ("回答要求：", "请注意："),
-        "list": ("；", "；并且"),
-        "space": "",
-    },
-}
+_PLAIN = re.compile(r"[^.!?。！？:：;；\n]*[.。]")  # one sentence that can stand in a branch: "if …, {sentence}"
+
+
+@lru_cache(maxsize=1)
+def phrases() -> dict:
+    """data/joints.json: `joints` (what goes between sentences) and `conditions` (of Selection), per language."""
+    return json.loads((data_dir / "joints.json").read_text("utf-8"))
 
 
 def lower_first(sentence: str) -> str:
@@ -308,7 +306,7 @@ def lead_in(rng, leads, sentence: str) -> str:
 
 def merge(rng, seed: dict, sentences: list[str]) -> str:
     """One instruction out of the request and the constraints' sentences, in their order, in one of several shapes."""
-    request, joints = seed["text"], _JOINTS[seed["language"]]
+    request, joints = seed["text"], phrases()["joints"][seed["language"]]
     space = joints["space"]
     flow = [lead_in(rng, joints["first"] if i == 0 else joints["more"], s) for i, s in enumerate(sentences)]
     if request in sentences[-1]:  # "repeat this before you answer: …" holds the request itself
@@ -333,6 +331,60 @@ def merge(rng, seed: dict, sentences: list[str]) -> str:
         rules += sentences[-1][len(bare[-1]) :]
         return f"{rules}\n\n{rng.choice(joints['request'])}{request}" if quoted else f"{request}{space}{rules}"
     return f"{request}{space}{space.join(flow)}"
+
+
+# ---------------------------------------------------------------- step 4b: Chain, Selection, Nested
+
+
+def draw_condition(rng, seed: dict) -> dict:
+    """A fact about the request that code can decide, true or false of it: {"if", "holds", "why"}."""
+    request, size = seed["text"], count_words(seed["text"])
+    form = rng.choice(phrases()["conditions"][seed["language"]])
+    word = rng.choice([w for w in re.findall(r"[a-z]{4,}", request.lower()) if w not in _COMMON] or ["reply"])
+    word = word if rng.random() < 0.5 else rng.choice(sorted(_COMMON))
+    n = max(3, size + rng.choice((-4, -3, -2, 2, 3, 4)))
+    holds = {
+        "question": request.rstrip().endswith(("?", "？")),
+        "longer": size > n,
+        "comma": bool(re.search("[,，]", request)),
+        "mentions": word in re.findall(r"[a-z]+", request.lower()),
+    }[form["fact"]]
+    why = form["holds" if holds else "fails"].format(n=n, size=size, word=word)
+    return {"if": form["if"].format(n=n, word=word), "holds": holds, "why": why}
+
+
+def compose(rng, language: str, composition: str, active: list[dict], other: dict, condition: dict | None):
+    """(constraints in reading order with depends_on, their sentences) of a Chain, Selection or Nested instruction.
+
+    `active` constraints hold for this request; `other` is the one of the branch not taken. Chain: each step depends on
+    the one before. Selection: the last active one against `other`. Nested: a branch of two steps, or a branch as the
+    second step.
+    """
+    joints = phrases()["joints"][language]
+    texts = [lower_first(c["text"]) for c in active]
+    if composition == "chain":
+        for position in range(1, len(active)):
+            active[position]["depends_on"] = [position - 1]
+        leads = ["start", *["next"] * (len(active) - 2), "last"]
+        sentences = [rng.choice(joints[lead]) + text for lead, text in zip(leads, texts, strict=True)]
+        return active, [rng.choice(joints["steps"]), *sentences]
+    taken, text, steps = active[-1:], texts[-1], composition == "nested"
+    sentences = [c["text"] for c in active[: len(active) - 1 - steps]]
+    if steps:
+        active[-1]["depends_on"] = [len(sentences)]
+        if rng.random() < 0.5:
+            taken, text = active[-2:], joints["pair"].format(a=texts[-2], b=texts[-1])
+        else:
+            sentences.append(rng.choice(joints["start"]) + texts[-2])
+            other["depends_on"] = [len(sentences) - 1]
+    branches = [(taken, text), ([other], lower_first(other["text"]))]
+    (first, then), (second, otherwise) = branches if condition["holds"] else branches[::-1]
+    if first == [other] and len(taken) == 2:  # one place further on
+        active[-1]["depends_on"] = [len(sentences) + 1]
+    lead = rng.choice(joints["next"]) if len(sentences) and other["depends_on"] else ""
+    rule = joints["if"].format(condition=condition["if"], then=then)
+    sentences += [lead + (lower_first(rule) if lead else rule), joints["otherwise"] + otherwise]
+    return active[: -len(taken)] + first + second, sentences
 
 
 # ---------------------------------------------------------------- step 5: expert answer
@@ -391,8 +443,8 @@ _COMMON = frozenset(
 )
 
 
-def compose_thought(rng, seed: dict, constraints, thoughts) -> str:
-    """A short thought: what is asked, how each constraint will be met, a last check."""
+def compose_thought(rng, seed: dict, constraints, thoughts, condition: dict | None) -> str:
+    """A short thought: what is asked, which branch applies, how each constraint will be met, a last check."""
     language = seed["language"]
     by_name = (thoughts.get((language, f"form:{seed.get(field)}")) for field in ("ability", "topic"))
     forms = next(filter(None, by_name), thoughts[language, "form:"])
@@ -400,59 +452,86 @@ def compose_thought(rng, seed: dict, constraints, thoughts) -> str:
     opening = rng.choice(thoughts[language, "open" if about else "open_plain"])
     parts = [opening.format(form=rng.choice(forms), subject=about)]
     parts[0] = parts[0][0].upper() + parts[0][1:]
+    if condition:
+        branch = phrases()["joints"][language]["decide" if condition["holds"] else "decide_not"]
+        parts.append(rng.choice(branch).format(why=condition["why"]))
     for position, (kind, kwargs) in enumerate(constraints):
         sentence = rewards.plan(kind, kwargs, language, rng.randrange(1000))
         joint = rng.choice(thoughts[language, "joint"]) if position and not sentence.startswith("First") else ""
         parts.append(joint + (lower_first(sentence) if joint else sentence))
     parts.append(rng.choice(thoughts[language, f"check_{len(constraints)}"]))
-    return _JOINTS[language]["space"].join(parts)
+    return phrases()["joints"][language]["space"].join(parts)
 
 
 # ---------------------------------------------------------------- steps 3 to 5 for one request
 
 
-def make_record(
-    rng, seed, tried: Counter, thoughts, cfg: Config, counts: Counter, *, heldout, kinds, first
-) -> dict | None:
-    """One checked record, or None: the reason is then counted."""
-    language, plain = seed["language"], seed["plain"]
-    drawn = draw_constraints(rng, seed, kinds, first, tried, cfg)
-    if not drawn:
-        counts["no constraint fits"] += 1
-        return None
-    answer, failed = repair(rng, seed["draft"], drawn)
-    if answer is None:
-        counts[f"not repaired: {failed}"] += 1
-        return None
-    if count_words(answer) > cfg.max_words * (1.6 if language == "zh" else 1):
-        counts["answer too long"] += 1
-        return None
-    # In the instruction's order; a sentence that quotes the request comes last.
-    drawn = sorted(rng.sample(drawn, len(drawn)), key=lambda constraint: constraint[0] == "combination:repeat_prompt")
-    variants = [pick_variant(rng, kind, language, heldout) for kind, _ in drawn]
-    texts = [rewards.render(*constraint, language, v) for constraint, v in zip(drawn, variants, strict=True)]
-    thought = compose_thought(rng, seed, drawn, thoughts)
+def draw_plan(rng, seed, tried: Counter, cfg: Config, *, heldout, kinds, first, composition="and") -> dict | None:
+    """What a record will ask for: `drawn` (id, kwargs), for Selection and Nested also a condition and `other`."""
+    if composition != "and":
+        kinds, first = ([k for k in some if variants(k, seed["language"], heldout, True)] for some in (kinds, first))
+    least = {"and": 1, "selection": 1, "chain": 2, "nested": 2}[composition]
+    drawn = draw_constraints(rng, seed, kinds, first, tried, cfg, least)
+    plan = {"drawn": drawn, "heldout": heldout, "composition": composition, "condition": None, "other": None}
+    if drawn and composition in ("selection", "nested"):
+        plan["condition"] = draw_condition(rng, seed)
+        unused = [kind for kind in kinds if kind not in dict(drawn)]
+        fitting = ((kind, draw_kwargs(rng, kind, seed, 1.0)) for kind in rng.sample(unused, len(unused)))
+        plan["other"] = next(((kind, kwargs) for kind, kwargs in fitting if kwargs is not None), None)
+        drawn = drawn if plan["other"] else []
+    return plan if drawn else None
+
+
+def make_record(rng, seed, plan: dict, thoughts, cfg: Config, counts: Counter, expert=True) -> dict | None:
+    """The record of a plan, with the repaired draft as its checked expert answer, or None: the reason is counted."""
+    language, drawn, composition = seed["language"], plan["drawn"], plan["composition"]
+    if expert:
+        answer, failed = repair(rng, seed["draft"], drawn)
+        if answer is None:
+            counts[f"not repaired: {failed}"] += 1
+            return None
+        if count_words(answer) > cfg.max_words * (1.6 if language == "zh" else 1):
+            counts["answer too long"] += 1
+            return None
+    if composition == "and":  # in the instruction's order; a sentence that quotes the request comes last
+        drawn = sorted(rng.sample(drawn, len(drawn)), key=lambda drawn: drawn[0] == "combination:repeat_prompt")
+    else:  # in the order of work: words, lengths, structure, marks, edges
+        drawn = sorted(drawn, key=lambda constraint: CONSTRAINTS[constraint[0]].order)
+    asked = [*drawn, plan["other"]] if plan["other"] else drawn
+    constraints = []
+    for kind, kwargs in asked:
+        variant = rng.choice(variants(kind, language, plan["heldout"], composition != "and"))
+        text = rewards.render(kind, kwargs, language, variant)
+        constraints.append(
+            {"kind": "code", "id": kind, "kwargs": kwargs, "text": text, "depends_on": [], "active": True}
+        )
+    thought = compose_thought(rng, seed, drawn, thoughts, plan["condition"]) if expert else ""
+    if composition == "and":
+        instruction = merge(rng, seed, [c["text"] for c in constraints])
+    else:
+        other = constraints.pop() | {"active": False} if plan["other"] else None
+        constraints, sentences = compose(rng, language, composition, constraints, other, plan["condition"])
+        joints = phrases()["joints"][language]
+        instruction = f"{joints['space'].join(sentences)}\n\n{joints['label']}{seed['text']}"
     record = {
         "id": seed["id"],
         "source": "evolve",
         "task": "instruction",
         "language": language,
-        "messages": [{"role": "user", "content": merge(rng, seed, texts)}],
-        "constraints": [
-            {"kind": "code", "id": kind, "kwargs": kwargs, "text": text, "depends_on": [], "active": True}
-            for (kind, kwargs), text in zip(drawn, texts, strict=True)
-        ],
-        "composition": "and",
-        "expert": f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>",
+        "messages": [{"role": "user", "content": instruction}],
+        "constraints": constraints,
+        "composition": composition,
+        **({"condition": plan["condition"]} if plan["condition"] else {}),
+        **({"expert": f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>"} if expert else {}),
         "seed": seed["id"],
         "topic": seed.get("topic", ""),
     }
     # The last word has the scoring path of training itself, on the whole assistant turn.
-    if rewards.score([record], [record["expert"]])[0].total != 3.0:
+    if expert and rewards.score([record], [record["expert"]])[0].total != 3.0:
         counts["expert does not score +3"] += 1
         return None
     counts["kept"] += 1
-    counts["kept: the plain answer meets all"] += all(rewards.check(kind, kwargs, plain) for kind, kwargs in drawn)
+    counts["kept: the plain answer meets all"] += all(rewards.check(*constraint, seed["plain"]) for constraint in drawn)
     return record
 
 
@@ -468,18 +547,16 @@ def fill(split: str, seeds, rounds: int, target: int | None, kinds, first, cfg: 
         for attempt in range(3):
             if len(records) == target:
                 return records
-            record = make_record(
-                random.Random(f"{cfg.seed}/{split}/{use}/{attempt}/{seed['id']}"),
-                seed,
-                tried,
-                thoughts,
-                cfg,
-                funnel[split],
-                heldout=split != "train",
-                kinds=[kind for kind in kinds if kind not in taken[seed["id"]]],
-                first=[kind for kind in first if kind not in taken[seed["id"]]],
-            )
-            if record is not None:
+            stream = f"{cfg.seed}/{split}/{use}/{attempt}/{seed['id']}"
+            rng = random.Random(stream)
+            composition = "and" if cfg.compositions == "and" else random.Random(f"{stream}/form").choice(COMPOSITIONS)
+            wanted = first or [kind for kind in seed.get("fits", ()) if kind in kinds]
+            fresh = [[kind for kind in some if kind not in taken[seed["id"]]] for some in (kinds, wanted)]
+            plan = draw_plan(rng, seed, tried, cfg, heldout=split != "train", kinds=fresh[0], first=fresh[1],
+                             composition=composition)
+            if plan is None:
+                funnel[split]["no constraint fits"] += 1
+            elif record := make_record(rng, seed, plan, thoughts, cfg, funnel[split]):
                 records.append(record | ({"ood": bool(first)} if split != "train" else {}))
                 taken[seed["id"]] |= {constraint["id"] for constraint in record["constraints"]}
                 break
@@ -552,13 +629,15 @@ def main(argv=None):
         return  # the rest takes seconds
     usable = []
     for seed in seeds:
-        draft, reason = cut_draft(plain[seed["id"]], seed["language"], cfg.draft_words)
+        text = plain[seed["id"]]
+        draft, reason = (text, "") if seed.get("draft") else cut_draft(text, seed["language"], cfg.draft_words)
         funnel["drafts"]["kept" if draft else reason] += 1
         if draft:
             usable.append(seed | {"draft": draft, "plain": plain[seed["id"]]})
 
     known = {"laptop": LAPTOP_KINDS, "ifeval": rewards.COMPAT, "all": CONSTRAINTS}[cfg.kinds]
-    trained = [kind for kind in CONSTRAINTS if kind in known and kind not in OOD_KINDS + IDLE_KINDS]
+    left_out = OOD_KINDS if cfg.kinds == "all" else OOD_KINDS + IDLE_KINDS
+    trained = [kind for kind in CONSTRAINTS if kind in known and kind not in left_out]
     train_seeds = [seed for seed in usable if not is_heldout(seed["id"], cfg)]
     heldout_seeds = [seed for seed in usable if is_heldout(seed["id"], cfg)]
     train = fill("train", train_seeds, cfg.uses, None, trained, (), cfg, funnel)
