@@ -16,16 +16,18 @@ import json
 import random
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import mean
 from typing import Literal
 
+from rensa import RMinHash, RMinHashLSH
 from tqdm import tqdm
 
 import rewards
 from model import (
+    Endpoint,
     compute_dtype,
     data_dir,
     gather_objects,
@@ -68,10 +70,15 @@ COMPOSITIONS = ("and", "chain", "selection", "nested")
 
 @dataclass
 class Config:
-    seeds: str = ""  # file of plain requests (default: the shipped ones of --language)
+    seeds: str = ""  # requests: own, record, Alpaca or WildChat rows (JSONL, JSON, Parquet) or a hub data set's name
     kinds: Literal["laptop", "ifeval", "all"] = "laptop"  # kinds trained on: eight of the 25 of IFEval, those, or all
     language: Literal["en", "zh", "both"] = "en"  # language of the requests
-    math: str = ""  # file of math records with experts (default: the shipped arithmetic)
+    seed_words: int = 300  # longest request, in words (1.6 characters a word in Chinese); the shortest has 3
+    ability_cap: int = 0  # most requests of one ability; 0 = no cap
+    benchmark_dir: str = ""  # folder of benchmark files; requests and records that overlap with them are dropped
+    ngram: int = 13  # words (Chinese: characters) in a row that make an overlap
+    raif: str = ""  # copies of the released RAIF files, comma-separated: turned into train.jsonl, nothing else is done
+    math: str = ""  # file of math records, or of DeepScaleR, GSM8K or MATH rows (default: the shipped arithmetic)
     math_ratio: float = 0.1  # math records per instruction record in train.jsonl; the held-out file has none
     model: str = "smollm2-135m"  # writes the drafts: smollm2-135m, a local folder or a hub name
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic of the drafts
@@ -91,6 +98,20 @@ class Config:
     ood: int = 100  # held-out records with at least one kind never trained on
     max_words: int = 80  # longest expert answer, in words (1.6 characters a word in Chinese)
     limit: int = 0  # use only so many requests; 0 = all
+    llm: str = ""  # model that tags, drafts, writes and filters (name as served); none: all offline
+    llm_url: str = ""  # its OpenAI-compatible server, such as http://localhost:8000/v1 (key: OPENAI_API_KEY)
+    expert: str = ""  # model that answers (default: --llm), or "repair": edited drafts, code constraints only
+    expert_url: str = ""  # its server (default: --llm-url)
+    judge: str = ""  # model that checks answers against judge constraints (default: --llm)
+    judge_url: str = ""  # its server (default: --llm-url)
+    judge_share: float = 0.5  # share of the requests that get judge-verified constraints; the others code-verified
+    tries: int = 3  # expert answers per instruction; the shortest that passes is kept
+    expert_temperature: float = 0.6  # of the expert answers
+    max_tokens: int = 4096  # longest reply of a served model; a longer one counts as none
+    concurrency: int = 16  # requests under way at a time
+    price_in: float = 0.0  # cost of a million prompt tokens, for the report
+    price_out: float = 0.0  # … of a million tokens written
+    dry_run: int = 0  # take so many requests through all steps, print what each step made, write no training files
     seed: int = 0  # everything random follows from it
     out: str = "runs/evolve"  # folder of the results; drafts found there are used again
 
@@ -98,52 +119,234 @@ class Config:
 # ---------------------------------------------------------------- step 1: seeds
 
 
-def read_seeds(cfg: Config) -> list[dict]:
-    """The plain requests, checked line by line: id, language, topic, ability, text; Chinese ones with a draft."""
+def filled(value) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
+def rows_of(source: str):
+    """(place, row) of each object in a JSON Lines, JSON or Parquet file, or in a hub data set (streamed)."""
+    path = Path(source)
+    if not path.exists() and path.suffix not in (".jsonl", ".json", ".parquet"):
+        from datasets import load_dataset
+
+        try:
+            rows = load_dataset(source, split="train", streaming=True)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{source}: neither a file nor a data set of the hub ({error}); check the name") from None
+    elif path.suffix == ".parquet" and path.exists():
+        import pyarrow.parquet  # comes with datasets
+
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
+        rows = (row for batch in batches for row in batch.to_pylist())
+    elif path.suffix == ".json" and path.exists() and path.read_text("utf-8-sig").lstrip()[:1] == "[":
+        try:
+            rows = json.loads(path.read_text("utf-8-sig"))
+        except ValueError as error:
+            raise InputError(f"{path}: is not JSON ({error}); write a list of objects") from None
+    else:
+        rows = (row for _, row in rewards.json_lines(path))
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise InputError(f"{source}:{number}: not a JSON object; one object per line is expected")
+        yield f"{source}:{number}", row
+
+
+_OTHER_FORMS = ("messages", "conversation", "conversations", "instruction", "prompt")
+
+
+def request_of(row: dict):
+    """The first user turn of a chat, or the instruction with its input (Alpaca, self-instruct), or the prompt."""
+    for turns in filter(None, map(row.get, _OTHER_FORMS[:3])):
+        users = [turn for turn in turns if turn.get("role", turn.get("from")) in ("user", "human")]
+        return users[0].get("content", users[0].get("value")) if users else None
+    if "instruction" in row:
+        given = row.get("input") or (row.get("instances") or [{}])[0].get("input")
+        return "\n\n".join(filter(None, (row["instruction"], given)))
+    return row.get("prompt")
+
+
+_ENGLISH = frozenset("the a an of to and in is are for with that what how you i it on this can do my your be".split())
+
+
+def language_of(text: str) -> str | None:
+    """en, zh or None: most texts are told by their script or by common words; the slow detector sees the rest."""
+    words = tokens(text)
+    if len(re.findall("[\u3041-\u30fe]", text)) > 2:  # kana
+        return None
+    if sum("\u4e00" <= word <= "\u9fff" for word in words) > 0.3 * len(words):
+        return "zh"
+    if sum(word in _ENGLISH for word in words) > 0.2 * len(words) or rewards.detect_language(text) == "en":
+        return "en"
+    return None
+
+
+def read_seeds(cfg: Config, counts: Counter | None = None) -> list[dict]:
+    """The plain requests: id, language, topic, ability, text; a Chinese one has a draft unless a model is served.
+
+    Rows of this form are checked line by line. Of rows of another form the first user turn is taken; what cannot be
+    used of those is counted.
+    """
+    counts = Counter() if counts is None else counts
     files = {"en": [data_dir / "seeds.jsonl"], "zh": [data_dir / "seeds_zh.jsonl"]}
     files["both"] = files["en"] + files["zh"]
     forms = [data_dir / "seeds_forms.jsonl"] if cfg.kinds == "all" else []  # drafts with lists, digits, questions …
     seeds, first_seen = [], {}
-    for path in [Path(cfg.seeds)] if cfg.seeds else files[cfg.language] + forms:
-        for number, seed in rewards.json_lines(path):
-            where = f"{path}:{number}"
-            if not isinstance(seed, dict):
-                raise InputError(f"{where}: not a JSON object; one object per line is expected")
-            if seed.get("language") not in ("en", "zh"):
-                raise InputError(f"{where}: field 'language': {seed.get('language')!r} is unknown; use en or zh")
-            for field in ["id", "text"] + (["draft"] if seed["language"] == "zh" else []):
-                if not isinstance(seed.get(field), str) or not seed[field].strip():
-                    raise InputError(f"{where}: field '{field}': missing or empty; give it a text")
+    for source in [cfg.seeds] if cfg.seeds else files[cfg.language] + forms:
+        for where, row in rows_of(str(source)):
+            if "text" not in row and row.keys() & set(_OTHER_FORMS):
+                text = request_of(row)
+                if not filled(text):
+                    raise InputError(f"{where}: has no user turn and no instruction; remove the line")
+                seed = {"id": f"{Path(source).stem}-{where.rpartition(':')[2]}", "text": text.strip()}
+                seed["language"] = language_of(text)
+                useless = {"toxic": row.get("toxic"), "other language": not seed["language"],
+                           "Chinese, and no model to answer it": seed["language"] == "zh" and not cfg.llm}
+                if any(useless.values()):
+                    counts[next(reason for reason, found in useless.items() if found)] += 1
+                    continue
+            else:
+                seed = row
+                if seed.get("language") not in ("en", "zh"):
+                    raise InputError(f"{where}: field 'language': {seed.get('language')!r} is unknown; use en or zh")
+                for field in ["id", "text"] + (["draft"] if seed["language"] == "zh" and not cfg.llm else []):
+                    if not filled(seed.get(field)):
+                        raise InputError(f"{where}: field '{field}': missing or empty; give it a text")
             if seed["id"] in first_seen:
                 raise InputError(
                     f"{where}: field 'id': {seed['id']!r} is that of {first_seen[seed['id']]}; make it unique"
                 )
             first_seen[seed["id"]] = where
-            if cfg.language in (seed["language"], "both"):
+            length = count_words(seed["text"]) / (1.6 if seed["language"] == "zh" else 1)
+            if not 3 <= length <= cfg.seed_words:
+                counts["too short" if length < 3 else "too long"] += 1
+            elif cfg.language in (seed["language"], "both"):
                 seeds.append(seed)
     if not seeds:
         raise InputError(f"{cfg.seeds}: no request in language {cfg.language!r}; change --language")
     return seeds
 
 
+def tokens(text: str) -> list[str]:
+    """Words in lower case, each Chinese character one: the unit of near-duplicates and of contamination."""
+    return re.findall(r"[a-z0-9']+|[\u4e00-\u9fff]", text.lower())
+
+
 def shingles(text: str) -> set:
     """Sets of three neighbouring words (three characters in Chinese), the unit of near-duplicate search."""
-    words = re.findall(r"[a-z0-9']+|[\u4e00-\u9fff]", text.lower())
+    words = tokens(text)
     return {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
 
 
 def drop_duplicates(seeds: list[dict], funnel, threshold=0.5) -> list[dict]:
-    """Keep the first of each group whose shingles overlap (Jaccard) by `threshold` or more."""
-    kept = []
+    """Keep the first of each group whose shingles overlap (Jaccard) by `threshold` or more.
+
+    MinHash proposes the pairs (20 bands of 3: 93 % of those at the threshold, all far above it), the sets decide.
+    """
+    kept, index = [], RMinHashLSH(threshold=threshold, num_perm=60, num_bands=20)
     for seed in seeds:
         own = shingles(seed["text"])
-        overlap = max((len(own & other) / len(own | other) for _, other in kept), default=0.0)
+        signature = RMinHash(num_perm=60, seed=1)
+        signature.update([" ".join(shingle) for shingle in sorted(own)])
+        others = (shingles(kept[i]["text"]) for i in index.query(signature))
+        overlap = max((len(own & other) / len(own | other) for other in others), default=0.0)
         if overlap < threshold:
-            kept.append((seed, own))
+            index.insert(len(kept), signature)
+            kept.append(seed)
         else:
             funnel["requests"]["exact duplicate" if overlap == 1 else "near duplicate"] += 1
-    funnel["requests"]["kept"] = len(kept)
-    return [seed for seed, _ in kept]
+    return kept
+
+
+def strings(value):
+    """All texts in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from strings(inner)
+
+
+def grams(text: str, n: int):
+    """The runs of n words; of a shorter text all its words, if they are at least six."""
+    words = tokens(text)
+    return (tuple(words[i : i + n]) for i in range(max(len(words) >= 6, len(words) - n + 1)))
+
+
+def read_benchmarks(cfg: Config) -> dict[int, str]:
+    """Hash of each run of --ngram words in any text of any file under --benchmark-dir -> name of the file."""
+    if not cfg.benchmark_dir:
+        return {}
+    files = sorted(p for p in Path(cfg.benchmark_dir).rglob("*") if p.suffix in (".json", ".jsonl", ".parquet"))
+    if not files:
+        raise InputError(f"{cfg.benchmark_dir}: holds no .json, .jsonl or .parquet file; give the benchmarks' folder")
+    known: dict[int, str] = {}
+    for path in files:
+        for _, row in rows_of(str(path)):
+            for text in strings(row):
+                known |= {hash(gram): str(path.relative_to(cfg.benchmark_dir)) for gram in grams(text, cfg.ngram)}
+    return known
+
+
+def drop_contaminated(rows: list[dict], known: dict[int, str], cfg: Config, hits: list[dict]) -> list[dict]:
+    """The rows (requests or records) that share no run of words with a benchmark; the others are listed in hits."""
+    clean = []
+    for row in rows:
+        text = row["messages"][0]["content"] if "messages" in row else row["text"]
+        gram = next((gram for gram in grams(text, cfg.ngram) if hash(gram) in known), None) if known else None
+        if gram is None:
+            clean.append(row)
+        else:
+            hits.append({"id": row["id"], "file": known[hash(gram)], "overlap": " ".join(gram), "text": text})
+    return clean
+
+
+def tag(seeds: list[dict], ask, counts: Counter) -> list[dict]:
+    """The requests with ability and topic group: their own, the model's, or offline by the first keyword found.
+
+    The paper keeps four topic groups; a request that the model puts in none of them is dropped.
+    """
+    topics = json.loads((data_dir / "abilities.json").read_text("utf-8"))
+    untagged = [seed for seed in seeds if not seed.get("ability")]
+    if ask:
+        shown = "\n".join(f"- {topic}: {', '.join(abilities)}" for topic, abilities in topics.items())
+
+        def read(seed, reply):
+            topic, ability = read_json(reply, "topic"), read_json(reply, "ability")
+            return (topic, str(ability)) if topic in topics else ("", "") if topic == "other" else None
+
+        found = ask("tag", untagged, lambda s: fill_prompt("evolve_tag", abilities=shown, request=s["text"]), read)
+    else:
+        named = [(t, a, words) for t, abilities in topics.items() for a, words in abilities.items()]
+        found = [
+            next(((t, a) for t, a, words in named if any(w in seed["text"].lower() for w in words)), ("", "other"))
+            for seed in untagged
+        ]
+    tags = {seed["id"]: pair for seed, pair in zip(untagged, found, strict=True)}
+    tagged = []
+    for seed in seeds:
+        topic, ability = tags.get(seed["id"], (seed.get("topic", ""), seed.get("ability"))) or ("", None)
+        if ability:
+            tagged.append(seed if seed["id"] not in tags else seed | {"topic": topic, "ability": ability})
+        else:
+            counts["no tag" if ability is None else "other topic"] += 1
+    return tagged
+
+
+def choose(seeds: list[dict], ask, cfg: Config, counts: Counter) -> list[dict]:
+    """--limit requests with tags, at most --ability-cap of each ability; tagged in parts, so that few are in vain."""
+    chosen, per_ability, size = [], Counter(), min(512, max(16, 2 * cfg.limit)) if cfg.limit else 512
+    for start in range(0, len(seeds), size):
+        for seed in tag(seeds[start : start + size], ask, counts):
+            if cfg.limit and len(chosen) == cfg.limit:
+                break
+            if cfg.ability_cap and per_ability[seed["ability"]] == cfg.ability_cap:
+                counts["over the cap of its ability"] += 1
+                continue
+            per_ability[seed["ability"]] += 1
+            chosen.append(seed)
+        if cfg.limit and len(chosen) == cfg.limit:
+            break
+    counts["kept"] = len(chosen)
+    return chosen
 
 
 def is_heldout(seed_id: str, cfg: Config) -> bool:
@@ -482,6 +685,22 @@ def draw_plan(rng, seed, tried: Counter, cfg: Config, *, heldout, kinds, first, 
     return plan if drawn else None
 
 
+def as_record(seed, composition: str, instruction: str, constraints, condition=None, expert: str | None = None) -> dict:
+    return {
+        "id": seed["id"],
+        "source": "evolve",
+        "task": "instruction",
+        "language": seed["language"],
+        "messages": [{"role": "user", "content": instruction}],
+        "constraints": constraints,
+        "composition": composition,
+        **({"condition": condition} if condition else {}),
+        **({"expert": expert} if expert else {}),
+        "seed": seed["id"],
+        "topic": seed.get("topic", ""),
+    }
+
+
 def make_record(rng, seed, plan: dict, thoughts, cfg: Config, counts: Counter, expert=True) -> dict | None:
     """The record of a plan, with the repaired draft as its checked expert answer, or None: the reason is counted."""
     language, drawn, composition = seed["language"], plan["drawn"], plan["composition"]
@@ -513,19 +732,8 @@ def make_record(rng, seed, plan: dict, thoughts, cfg: Config, counts: Counter, e
         constraints, sentences = compose(rng, language, composition, constraints, other, plan["condition"])
         joints = phrases()["joints"][language]
         instruction = f"{joints['space'].join(sentences)}\n\n{joints['label']}{seed['text']}"
-    record = {
-        "id": seed["id"],
-        "source": "evolve",
-        "task": "instruction",
-        "language": language,
-        "messages": [{"role": "user", "content": instruction}],
-        "constraints": constraints,
-        "composition": composition,
-        **({"condition": plan["condition"]} if plan["condition"] else {}),
-        **({"expert": f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>"} if expert else {}),
-        "seed": seed["id"],
-        "topic": seed.get("topic", ""),
-    }
+    turn = f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>" if expert else None
+    record = as_record(seed, composition, instruction, constraints, plan["condition"], turn)
     # The last word has the scoring path of training itself, on the whole assistant turn.
     if expert and rewards.score([record], [record["expert"]])[0].total != 3.0:
         counts["expert does not score +3"] += 1
@@ -563,15 +771,530 @@ def fill(split: str, seeds, rounds: int, target: int | None, kinds, first, cfg: 
     return records
 
 
+# ---------------------------------------------------------------- with a served model: calls, log, tokens
+
+ATTEMPTS = 5  # unreadable replies to one question before it counts as unanswered
+
+
+def fill_prompt(name: str, **slots) -> str:
+    template = (data_dir / "prompts" / f"{name}.txt").read_text("utf-8").strip()
+    return re.sub(r"\{(\w+)\}", lambda m: str(slots.get(m[1], m[0])), template)
+
+
+def make_ask(cfg: Config, folder: Path, cache: Path, spent: dict):
+    """ask(step, items, write, read): one value per item, the only way to a served model.
+
+    write(item) is the prompt (a text or messages); read(item, reply) the value, or None for a reply that cannot be
+    used, which is asked for again with another seed. The value stays None after ATTEMPTS. Every reply is a line of
+    calls.jsonl and adds to spent[step]. Finished replies are kept under `cache`: a killed run repeats none.
+    """
+    names = {"llm": (cfg.llm, cfg.llm_url), "expert": (cfg.expert, cfg.expert_url), "judge": (cfg.judge, cfg.judge_url)}
+    served = {
+        role: Endpoint(url or cfg.llm_url, name or cfg.llm, cache=cache, concurrency=cfg.concurrency, skip_refused=True)
+        for role, (name, url) in names.items()
+        if name != "repair"
+    }
+    write_atomic(folder / "calls.jsonl", "")
+
+    def ask(step, items, write, read, *, role="llm", temperature=0.0, seed=0) -> list:
+        endpoint, values, pending = served[role], [None] * len(items), list(range(len(items)))
+        endpoint.progress, before = step, dict(endpoint.tokens)
+        for attempt in range(ATTEMPTS):
+            prompts = [write(items[i]) for i in pending]
+            talks = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
+            replies = endpoint.chat(
+                talks,
+                max_tokens=cfg.max_tokens,
+                temperature=max(temperature, 0.7) if attempt else temperature,
+                seed=cfg.seed + seed + 1000 * attempt,
+            )
+            with open(folder / "calls.jsonl", "a", encoding="utf-8") as log:
+                for i, talk, [reply] in zip(pending, talks, replies, strict=True):
+                    values[i] = read(items[i], reply) if reply.finish_reason == "stop" else None
+                    row = {"step": step, "attempt": attempt, "used": values[i] is not None, "messages": talk}
+                    row |= {"reply": reply.text, "reasoning": reply.reasoning, "finish": reply.finish_reason}
+                    log.write(json.dumps(row, ensure_ascii=False) + "\n")
+            spent[step]["calls"] += len(pending)
+            pending = [i for i in pending if values[i] is None]
+            if not pending:
+                break
+        spent[step].update({name: count - before[name] for name, count in endpoint.tokens.items()})
+        return values
+
+    return ask
+
+
+def read_json(reply, field: str):
+    """A field of the JSON object in a reply, None where there is none (fences and a thought around it are fine)."""
+    found = re.search(r"\{.*\}", reply.text.rpartition("</think>")[2], re.S)
+    try:
+        value = json.loads(found[0]) if found else None
+    except (ValueError, RecursionError):
+        return None
+    return value.get(field) if isinstance(value, dict) else None
+
+
+def read_word(reply, known: str) -> str | None:
+    """The first of the words `known` ("true|false|na") in a reply, lower case."""
+    found = re.search(rf"\b({known})\b", reply.text.rpartition("</think>")[2].lower())
+    return found[1] if found else None
+
+
+def keep(folder: Path, step: str, rows) -> None:
+    write_jsonl(folder / "steps" / f"{len(list((folder / 'steps').glob('*')))}-{step}.jsonl", rows)
+
+
+# ---------------------------------------------------------------- with a served model: constraints
+
+WORDED = {  # the kinds whose words have to suit the request, and where they stand
+    "keywords:existence": "keywords",
+    "keywords:frequency": "keyword",
+    "keywords:forbidden_words": "forbidden_words",
+    "length_constraints:nth_paragraph_first_word": "first_word",
+}
+LANGUAGES = {"en": "English", "zh": "Chinese"}
+
+
+def as_list(value) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def suggest_words(plans: list[tuple[dict, dict]], ask) -> None:
+    """Words of the model's choice for the WORDED kinds of (seed, plan) pairs; where none is usable the drawn stay.
+
+    Usable: a single word in the request's language that no other constraint of the plan names. The request's own words
+    are not forbidden: the answer could hardly avoid them.
+    """
+    items = [(seed, plan, i) for seed, plan in plans for i, (kind, _) in enumerate(plan["drawn"]) if kind in WORDED]
+
+    def taken(seed, plan, i):
+        others = [*(c for j, c in enumerate(plan["drawn"]) if j != i), *([plan["other"]] if plan["other"] else [])]
+        named = {str(v).casefold() for _, kwargs in others for value in kwargs.values() for v in as_list(value)}
+        return named | (set(tokens(seed["text"])) if "forbidden" in plan["drawn"][i][0] else set())
+
+    def write(item):
+        seed, plan, i = item
+        kind, kwargs = plan["drawn"][i]
+        return fill_prompt(
+            "evolve_words",
+            request=seed["text"],
+            rule=rewards.render(kind, kwargs, seed["language"], 0),
+            count=len(as_list(kwargs[WORDED[kind]])) + 2,
+            language=LANGUAGES[seed["language"]],
+            taken=", ".join(sorted(taken(*item))) or "(none)",
+        )
+
+    def read(item, reply):
+        seed, plan, i = item
+        kind, kwargs = plan["drawn"][i]
+        word = re.compile(r"[A-Za-z][A-Za-z'-]{1,24}" if seed["language"] == "en" else "[\u4e00-\u9fff]{1,6}")
+        offered = read_json(reply, "words")
+        used = taken(*item)
+        words = [w for w in as_list(offered) if isinstance(w, str) and word.fullmatch(w) and w.casefold() not in used]
+        words = list(dict.fromkeys(words))[: len(as_list(kwargs[WORDED[kind]]))]
+        return words if len(words) == len(as_list(kwargs[WORDED[kind]])) else None
+
+    for item, words in zip(items, ask("words", items, write, read, temperature=0.7), strict=True):
+        seed, plan, i = item
+        if words and not {w.casefold() for w in words} & taken(*item):  # another suggestion may have taken one
+            kind, kwargs = plan["drawn"][i]
+            field = WORDED[kind]
+            plan["drawn"][i] = (kind, kwargs | {field: words if isinstance(kwargs[field], list) else words[0]})
+
+
+def conditions_of(item: dict) -> list[dict]:
+    """The condition of a Selection and the one inside it, if there are any."""
+    outer = item.get("condition")
+    return [c for c in (outer, outer and outer.get("inner")) if c]
+
+
+def judged_records(items: list[dict], ask, counts: Counter) -> list[dict]:
+    """Records with judge constraints for items {"seed", "composition", "example"}.
+
+    The parts of an exemplar are rewritten for the request, the condition is checked, then request and parts are merged
+    into one instruction; a second look confirms that nothing was added or lost, or the merge is repeated, twice.
+    """
+
+    def write_parts(item):
+        conditions = conditions_of(item["example"])
+        truth = " and the inner one ".join(str(c["holds"]).lower() for c in conditions)
+        form = '{"if": "…", "why": "…"' + (', "inner": {"if": "…", "why": "…"}' if len(conditions) > 1 else "") + "}"
+        rule = f"- In place of the example's condition write one on the new request, plainly {truth} of it, and why."
+        return fill_prompt(
+            "evolve_rewrite",
+            example=json.dumps(item["example"], ensure_ascii=False, indent=1),
+            request=item["seed"]["text"],
+            language=LANGUAGES[item["seed"]["language"]],
+            count=len(item["example"]["parts"]),
+            condition_rule=rule + "\n" if conditions else "",
+            condition_form=f', "condition": {form}' if conditions else "",
+        )
+
+    def read_parts(item, reply):
+        example, parts, condition = item["example"], read_json(reply, "parts"), read_json(reply, "condition")
+        if not isinstance(parts, list) or len(parts) != len(example["parts"]):
+            return None
+        if not all(isinstance(p, dict) and filled(p.get("text")) and filled(p.get("question")) for p in parts):
+            return None
+        constraints = [
+            {"kind": "judge", "question": part["question"], "text": part["text"], "dimension": model["dimension"],
+             "depends_on": model["depends_on"], "active": model["active"]}
+            for part, model in zip(parts, example["parts"], strict=True)
+        ]
+        if not conditions_of(example):
+            return {"constraints": constraints}
+        found = conditions_of({"condition": condition}) if isinstance(condition, dict) else []
+        if len(found) != len(conditions_of(example)) or not all(
+            isinstance(c, dict) and filled(c.get("if")) and filled(c.get("why")) for c in found
+        ):
+            return None
+        checked = [
+            {"if": c["if"], "holds": model["holds"], "why": c["why"]}
+            for c, model in zip(found, conditions_of(example), strict=True)
+        ]
+        return {"constraints": constraints, "condition": checked[0] | ({"inner": checked[1]} if checked[1:] else {})}
+
+    rewritten = ask("rewrite", items, write_parts, read_parts, temperature=0.7)
+    counts["parts not rewritten"] += rewritten.count(None)
+    items = [item | parts for item, parts in zip(items, rewritten, strict=True) if parts]
+
+    asked = [(item, condition) for item in items for condition in conditions_of(item)]
+    found = ask(
+        "condition",
+        asked,
+        lambda pair: fill_prompt("evolve_condition", request=pair[0]["seed"]["text"], condition=pair[1]["if"]),
+        lambda pair, reply: read_word(reply, "true|false|unclear"),
+    )
+    wrong = {
+        item["seed"]["id"]
+        for (item, condition), truth in zip(asked, found, strict=True)
+        if truth != str(condition["holds"]).lower()
+    }
+    counts["condition not as meant"] += len(wrong)
+    pending, merged = [item for item in items if item["seed"]["id"] not in wrong], {}
+
+    def listed(item):
+        fields = ("text", "depends_on", "active")
+        parts = [{"number": i} | {name: c[name] for name in fields} for i, c in enumerate(item["constraints"])]
+        rows = [*parts, *([{"condition": item["condition"]}] if "condition" in item else [])]
+        return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+
+    def write_merge(item):
+        return fill_prompt(
+            "evolve_merge",
+            example=json.dumps(item["example"], ensure_ascii=False, indent=1),
+            request=item["seed"]["text"],
+            language=LANGUAGES[item["seed"]["language"]],
+            parts=listed(item),
+        )
+
+    def write_compare(pair):
+        item, instruction = pair
+        return fill_prompt(
+            "evolve_compare", request=item["seed"]["text"], parts=listed(item), instruction=instruction
+        )
+
+    def read_instruction(item, reply):
+        text = read_json(reply, "instruction")
+        return text.strip() if filled(text) else None
+
+    for turn in range(3):
+        texts = ask("merge", pending, write_merge, read_instruction, temperature=0.7, seed=turn)
+        pairs = [(item, text) for item, text in zip(pending, texts, strict=True) if text]
+        same = ask("compare", pairs, write_compare, lambda pair, reply: rewards.read_verdict(reply))
+        merged |= {item["seed"]["id"]: text for (item, text), yes in zip(pairs, same, strict=True) if yes}
+        pending = [item for item in pending if item["seed"]["id"] not in merged]
+    counts["parts lost or added in merging"] += len(pending)
+    counts["kept"] += len(merged)
+    return [
+        as_record(item["seed"], item["composition"], merged[item["seed"]["id"]], item["constraints"],
+                  item.get("condition"))
+        for item in items
+        if item["seed"]["id"] in merged
+    ]
+
+
+# ---------------------------------------------------------------- with a served model: expert answers
+
+
+def read_expert(record: dict, reply) -> tuple[str, str] | None:
+    """(thought, answer) of a reply: the thought from the server's reasoning field or from think tags."""
+    if reply.reasoning:
+        parsed = rewards.parse_response(f"<think></think>{reply.text}")
+        think = reply.reasoning.strip()
+    else:
+        parsed = rewards.parse_response(reply.text, "cold" if "<answer>" in reply.text else "warm")
+        think = parsed.think if parsed.format_ok else ""
+    tagged = any(tag in think + parsed.answer for tag in rewards.TAGS["cold"])
+    return (think, parsed.answer) if parsed.answer and not tagged and not rewards.is_placeholder(think) else None
+
+
+def holds_code(record: dict, answer: str) -> bool:
+    active = [c for c in record["constraints"] if c["kind"] == "code" and c["active"]]
+    return all(rewards.check(c["id"], c["kwargs"], answer, prompt=record["messages"][0]["content"]) for c in active)
+
+
+def add_experts(records: list[dict], ask, cfg: Config, counts: Counter) -> list[dict]:
+    """The records with their shortest expert answer that meets all constraints, by code and by judge."""
+
+    def write(record):
+        trigger = (data_dir / "prompts" / f"cot.{record['language']}.txt").read_text("utf-8").strip()
+        return [{"role": "system", "content": trigger}, *record["messages"]]
+
+    def judge(items):
+        verdicts = ask("judge", items, lambda item: rewards.judge_prompt(*item),
+                       lambda item, reply: rewards.read_verdict(reply), role="judge")
+        return [verdict is True for verdict in verdicts]
+
+    passing: dict[str, list[str]] = {record["id"]: [] for record in records}
+    for turn in range(cfg.tries):
+        replies = ask("expert", records, write, read_expert, role="expert", temperature=cfg.expert_temperature,
+                      seed=turn)
+        for record, reply in zip(records, replies, strict=True):
+            if reply and holds_code(record, reply[1]):
+                passing[record["id"]].append(f"<think>\n{reply[0]}\n</think>\n<answer>\n{reply[1]}\n</answer>")
+    for answers in passing.values():
+        answers.sort(key=count_words)
+    kept: dict[str, str] = {}
+    for rank in range(cfg.tries):  # the judge sees the shortest first, a longer one only if that fails
+        pending = [r for r in records if r["id"] not in kept and len(passing[r["id"]]) > rank]
+        answers = [passing[record["id"]][rank] for record in pending]
+        scores = rewards.score(pending, answers, judge=judge)
+        kept |= {r["id"]: a for r, a, s in zip(pending, answers, scores, strict=True) if s.total == 3.0}
+    counts["kept"] += len(kept)
+    counts["no answer passed the code checks"] += sum(not answers for answers in passing.values())
+    counts["no answer passed the judge"] += sum(bool(a) and i not in kept for i, a in passing.items())
+    return [record | {"expert": kept[record["id"]]} for record in records if record["id"] in kept]
+
+
+# ---------------------------------------------------------------- with a served model: seven filters
+#
+# A quick check by code says True (the fault is there), False (it is not) or None: ask the model.
+
+
+def quick_language(record, answer):
+    ids = {c.get("id", "").split(":")[0] for c in record["constraints"] if c["active"]}
+    if ids & {"language", "change_case"}:
+        return None  # the instruction itself may ask for another language
+    words = tokens(answer)
+    share = sum("\u4e00" <= w <= "\u9fff" for w in words) / max(1, len(words))
+    if record["language"] == "zh":
+        return True if share < 0.2 else False if share > 0.9 else None
+    return True if share > 0.5 else False if share == 0 and rewards.detect_language(answer) == "en" else None
+
+
+def quick_leakage(record, answer):
+    told = any(c["kind"] == "judge" and c["question"] in answer for c in record["constraints"])
+    asked = any("repeat" in c.get("id", "") for c in record["constraints"])
+    mine, given = " ".join(tokens(answer)), " ".join(tokens(record["messages"][0]["content"]))
+    return True if told or (not asked and len(tokens(answer)) > 5 and mine in given) else None
+
+
+def quick_length(record, answer):
+    return True if count_words(answer) < 1 or len(answer) > rewards.MAX_CHARS // 2 else None
+
+
+def quick_undefined(record, answer):
+    instruction = record["messages"][0]["content"]
+    slot = re.search(r"\{\w+\}|_{4,}|\b(lorem ipsum|insert (text|here))\b", instruction, re.I)
+    return True if slot or count_words(instruction) < 3 else None
+
+
+def quick_contradiction(record, answer):
+    active = [c for c in record["constraints"] if c["kind"] == "code" and c["active"]]
+    arguments = [c["kwargs"] for c in active]
+    wanted = {w for k in arguments for name in ("keywords", "keyword", "first", "second", "word", "first_word")
+              for w in as_list(k.get(name)) if w}
+    banned = {w for k in arguments for w in k.get("forbidden_words") or []}
+    return True if wanted & banned or not rewards.compatible(c["id"] for c in active) else None
+
+
+def quick_unsafe(record, answer):
+    terms = (data_dir / "unsafe.txt").read_text("utf-8").split("\n")
+    text = f"{record['messages'][0]['content']}\n{answer}".lower()
+    return True if any(re.search(rf"(?<![a-z]){re.escape(term)}", text) for term in terms if term) else None
+
+
+FILTERS = {  # name (prompts/filter_NAME.txt) -> quick check
+    "language": quick_language,
+    "leakage": quick_leakage,
+    "length": quick_length,
+    "hallucination": lambda record, answer: None,
+    "undefined": quick_undefined,
+    "contradiction": quick_contradiction,
+    "unsafe": quick_unsafe,
+}
+OF_THE_INSTRUCTION = ("undefined", "contradiction", "unsafe")  # these need no answer
+
+
+def apply_filters(records: list[dict], ask, folder: Path, funnel) -> list[dict]:
+    for name, quick in FILTERS.items():
+        answers = {r["id"]: rewards.parse_response(r["expert"]).answer if "expert" in r else "" for r in records}
+        judged = [r for r in records if answers[r["id"]] or name in OF_THE_INSTRUCTION]
+        verdicts = {r["id"]: quick(r, answers[r["id"]]) for r in judged}
+        open_cases = [r for r in judged if verdicts[r["id"]] is None]
+        replies = ask(
+            f"filter {name}",
+            open_cases,
+            lambda r, name=name, answers=answers: fill_prompt(
+                "filter", instruction=r["messages"][0]["content"], answer=answers[r["id"]] or "(none yet)",
+                rubric=fill_prompt(f"filter_{name}")),
+            lambda r, reply: read_word(reply, "true|false|na"),
+        )
+        verdicts |= {r["id"]: reply for r, reply in zip(open_cases, replies, strict=True)}
+        rows = [{"id": r["seed"], "verdict": verdicts.get(r["id"], "na"), "by": "model" if r in open_cases else "code"}
+                for r in records]
+        keep(folder, f"filter-{name}", rows)
+        counts, kept = funnel[f"filter: {name}"], []
+        for record in records:
+            verdict = verdicts.get(record["id"], "na")
+            reason = {True: "found by code", "true": "found by the model", None: "no verdict"}.get(verdict)
+            counts[reason or "kept"] += 1
+            kept += [] if reason else [record]
+        records = kept
+    return records
+
+
+def evolve_served(seeds: list[dict], trained, ask, cfg: Config, folder: Path, funnel) -> list[dict]:
+    """One record per request with constraints, answers and filters of served models; held-out ones carry `ood`."""
+    exemplars, tried, thoughts = read_jsonl(data_dir / "exemplars.jsonl"), Counter(), read_thoughts()
+    by_form = defaultdict(list)
+    for exemplar in exemplars:
+        by_form[exemplar["language"], exemplar["composition"]].append(exemplar)
+    plans, soft, counts = [], [], funnel["constraints"]
+    for seed in seeds:
+        rng = random.Random(f"{cfg.seed}/served/{seed['id']}")
+        composition = "and" if cfg.compositions == "and" else rng.choice(COMPOSITIONS)
+        if rng.random() < cfg.judge_share:
+            example = rng.choice(by_form[seed["language"], composition])
+            soft.append({"seed": seed, "composition": composition, "example": example})
+            continue
+        heldout = is_heldout(seed["id"], cfg)
+        kinds = [*trained, *(OOD_KINDS if heldout else ())]
+        plan = draw_plan(rng, seed, tried, cfg, heldout=heldout, kinds=kinds, first=(), composition=composition)
+        if plan:
+            plans.append((seed, plan))
+        else:
+            counts["no constraint fits"] += 1
+    suggest_words(plans, ask)
+    records = []
+    for seed, plan in plans:
+        rng = random.Random(f"{cfg.seed}/worded/{seed['id']}")
+        record = make_record(rng, seed, plan, thoughts, cfg, counts, expert=cfg.expert == "repair")
+        records += [record] if record else []
+    records += judged_records(soft, ask, counts)
+    keep(folder, "constraints", [{k: v for k, v in r.items() if k != "expert"} for r in records])
+    if cfg.expert == "repair":  # code cannot edit a text towards a judge's yes: those stay without an answer
+        funnel["expert"]["kept"] += len(records)
+        funnel["expert"]["kept without an answer"] += sum("expert" not in r for r in records)
+    else:
+        records = add_experts(records, ask, cfg, funnel["expert"])
+    keep(folder, "expert", [{"id": r["id"], "expert": r.get("expert")} for r in records])
+    return apply_filters(records, ask, folder, funnel)
+
+
 # ---------------------------------------------------------------- step 6: files and report
+
+
+def math_records(source: str) -> list[dict]:
+    """Math records: the file's own, or made of DeepScaleR (problem, answer), GSM8K (#### result) or MATH rows."""
+    records = []
+    for where, row in rows_of(source):
+        if "task" in row:
+            return rewards.read_records(source)
+        question, answer = row.get("problem", row.get("question")), str(row.get("answer") or "")
+        answer = answer.rpartition("####")[2].strip() or rewards.last_boxed(str(row.get("solution") or ""))
+        if not filled(question) or not answer:
+            raise InputError(f"{where}: fields 'problem', 'answer': missing; give rows of DeepScaleR, GSM8K or MATH")
+        language = language_of(question) or "en"
+        request = "请把结果写在 \\boxed{} 里。" if language == "zh" else "Put the result in \\boxed{}."
+        answer = answer.replace(",", "") if "####" in str(row.get("answer")) else answer
+        name, messages = Path(source).stem, [{"role": "user", "content": f"{question.strip()} {request}"}]
+        records.append({"id": f"{name}-{len(records) + 1:06d}", "source": name, "task": "math", "language": language,
+                        "messages": messages, "answer": answer})
+    return records
 
 
 def mix_in_math(records: list[dict], cfg: Config, rng) -> list[dict]:
     if not cfg.math_ratio:
         return records
-    math = [r for r in rewards.read_records(cfg.math or data_dir / "arithmetic.jsonl") if r.get("expert")]
+    math = math_records(cfg.math or str(data_dir / "arithmetic.jsonl"))
     wanted = round(cfg.math_ratio * len(records))
     return records + rng.sample(math, min(wanted, len(math)))
+
+
+_USER_TURNS = (  # of the chat templates of Qwen and SmolLM, DeepSeek, LLaMA 3, Mistral
+    r"<\|im_start\|>user\n(.*?)<\|im_end\|>",
+    r"<｜User｜>(.*?)<｜Assistant｜>",
+    r"<\|start_header_id\|>user<\|end_header_id\|>\s*(.*?)<\|eot_id\|>",
+    r"\[INST\](.*?)\[/INST\]",
+)
+
+
+def user_text(rendered: str) -> str:
+    """The last user turn of a prompt that a chat template has rendered."""
+    found = [turn for pattern in _USER_TURNS for turn in re.findall(pattern, rendered, re.S)]
+    return (found[-1] if found else rendered).strip()
+
+
+def raif_records(sources: str, counts: Counter) -> list[dict]:
+    """Records of the released RAIF files: RL rows {input, task, target}, SFT rows {question, answer}.
+
+    A task "ifeval…" has code constraints, "complex…" judge questions, any other is math. An SFT answer becomes the
+    expert of the RL row with the same request; left alone it gets one question about the whole instruction.
+    """
+    rl, sft = [], {}
+    for source in sources.split(","):
+        for where, row in rows_of(source):
+            if {"input", "task", "target"} <= row.keys():
+                rl.append((where, row))
+            elif filled(row.get("question")) and filled(row.get("answer")):
+                opened = re.search(r"<think>\s*$", row["question"]) and "<think>" not in row["answer"]
+                sft[user_text(row["question"])] = "<think>" * bool(opened) + row["answer"]
+            else:
+                raise InputError(f"{where}: neither an RL row (input, task, target) nor an SFT row (question, answer)")
+    records = []
+    for where, row in [*rl, *(("", {"input": text, "task": "sft"}) for text in sft)]:
+        text = user_text(row["input"])
+        expert = sft.get(text)
+        if row["task"] == "sft" and any(text == record["messages"][0]["content"] for record in records):
+            continue
+        language = language_of(text) or "en"
+        record = {"id": f"raif-{len(records) + 1:06d}", "source": "raif", "task": "instruction", "language": language,
+                  "messages": [{"role": "user", "content": text}]}
+        if expert:
+            parsed = rewards.parse_response(expert, "cold" if "<answer>" in expert else "warm")
+            record["expert"] = expert if not parsed.format_ok else (
+                f"<think>\n{parsed.think}\n</think>\n<answer>\n{parsed.answer}\n</answer>")
+        try:
+            if row["task"] == "sft":
+                whole = {"en": "Does the reply do all that is asked?", "zh": "回答是否满足了指令的全部要求？"}
+                questions = [whole[language]]
+            elif row["task"].startswith(("ifeval", "complex")):
+                target = json.loads(row["target"]) if isinstance(row["target"], str) else row["target"]
+                questions = target.get("scoring_questions", [])
+            else:
+                record |= {"task": "math", "answer": str(row["target"])}
+                questions = []
+            if record["task"] != "math":
+                record["constraints"] = [{"kind": "judge", "question": q, "text": q} for q in questions]
+            if row["task"].startswith("ifeval"):
+                for kind, kwargs in zip(target["instruction_id_list"], target["kwargs"], strict=True):
+                    kwargs = {name: value for name, value in (kwargs or {}).items() if value is not None}
+                    record["constraints"].append({"kind": "code", "id": kind, "kwargs": kwargs, "text": kind})
+        except (KeyError, ValueError, AttributeError) as error:
+            raise InputError(f"{where}: field 'target': not of the released form ({error!r}); see --help") from None
+        unknown = {c["id"] for c in record.get("constraints", []) if "id" in c} - set(rewards.CHECKS)
+        if unknown:
+            counts[f"unknown constraint {min(unknown)}"] += 1
+            continue
+        try:
+            rewards.validate_record(record)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        counts[f"kept: {row['task']}"] += 1
+        records.append(record)
+    return records
 
 
 def write_records(path: Path, records: list[dict], prefix: str) -> list[dict]:
@@ -581,68 +1304,178 @@ def write_records(path: Path, records: list[dict], prefix: str) -> list[dict]:
     return rewards.read_records(path)  # what the next stages will read, through their own validation
 
 
-def report(funnel, files: dict[str, list[dict]]) -> str:
-    lines = ["# Instruction evolution", "", "## Funnel", "", "| step | kept | dropped |", "|---|---|---|"]
+def dimension_of(constraint: dict) -> str:
+    """One of CFBench's dimensions: a judge constraint has its exemplar's, a code one that of its kind."""
+    group, _, name = constraint.get("id", "").partition(":")
+    if "dimension" in constraint or not group:
+        return constraint.get("dimension", "other")
+    if name.startswith(("forbidden", "no_")):
+        return "inverse"
+    if name.startswith(("number_", "nth_")) and "format" not in group or group == "length" or "frequency" in name:
+        return "numerical"
+    return {"keywords": "content", "content": "content", "detectable_content": "content", "combination": "rule",
+            "change_case": "linguistic", "language": "linguistic", "punctuation": "linguistic"}.get(group, "format")
+
+
+def table(*rows) -> list[str]:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:], ""]
+
+
+def parts_of(record: dict) -> dict[str, str]:
+    parsed = rewards.parse_response(record.get("expert", ""))
+    return {"instruction": record["messages"][0]["content"], "thought": parsed.think, "answer": parsed.answer}
+
+
+def report(funnel, files: dict[str, list[dict]], spent, cfg: Config) -> str:
+    files = {split: [r for r in records if r["task"] == "instruction"] for split, records in files.items()}
+    lines = ["# Instruction evolution", "", "## Funnel", ""]
+    rows = [("step", "in", "kept", "dropped")]
     for step, counts in funnel.items():
-        dropped = ", ".join(f"{reason} {n}" for reason, n in sorted(counts.items()) if not reason.startswith("kept"))
-        lines.append(f"| {step} | {counts['kept']} | {dropped or '-'} |")
-    lines += ["", "A request is tried up to three times per record; each failed try is counted.", "", "## Files", ""]
-    lines += [
-        "| file | records | 1, 2, 3 constraints | plain answer meets all | words: instruction | thought | answer |"
-    ]
-    lines += ["|---|---|---|---|---|---|---|"]
+        dropped = {reason: n for reason, n in sorted(counts.items()) if not reason.startswith("kept") and n}
+        reasons = ", ".join(f"{reason} {n}" for reason, n in dropped.items())
+        rows.append((step, counts["kept"] + sum(dropped.values()), counts["kept"], reasons or "-"))
+    lines += table(*rows)
+    lines += ["Offline, a request is tried up to three times per record; each failed try is counted.", ""]
+    lines += ["## Files", ""]
+    words = [f"words: {name}" for name in ("instruction", "thought", "answer")]
+    rows = [("file", "records", "1, 2, 3 … constraints", "plain answer meets all", *words)]
     for split, records in files.items():
-        own = [record for record in records if record["task"] == "instruction"]
-        if not own:
-            continue
-        parsed = [rewards.parse_response(record["expert"]) for record in own]
-        sizes = Counter(len(record["constraints"]) for record in own)
-        easy = funnel[split]["kept: the plain answer meets all"] / len(own)
-        columns = [[r["messages"][0]["content"] for r in own], [p.think for p in parsed], [p.answer for p in parsed]]
-        lengths = " | ".join(f"{mean(map(count_words, texts)):.0f}" for texts in columns)
-        number = f"{len(own)} + {len(records) - len(own)} math" if len(records) > len(own) else len(own)
-        lines.append(f"| {split} | {number} | {sizes[1]}, {sizes[2]}, {sizes[3]} | {easy:.0%} | {lengths} |")
-    kinds = {
-        split: Counter(c["id"] for r in records for c in r.get("constraints", [])) for split, records in files.items()
+        if records:
+            sizes = Counter(sum(c["active"] for c in r["constraints"]) for r in records)
+            easy = funnel[split]["kept: the plain answer meets all"] / len(records)
+            words = [mean(count_words(parts_of(r)[name]) for r in records) for name in parts_of(records[0])]
+            counts = ", ".join(str(sizes[n]) for n in range(1, max(sizes) + 1))
+            rows.append((split, len(records), counts, f"{easy:.0%}", *(f"{n:.0f}" for n in words)))
+    lines += table(*rows) + ["![lengths](lengths.png)", ""]
+    if spent:
+        numbers = ("calls", "prompt_tokens", "completion_tokens")
+        cost = {step: (c["prompt_tokens"] * cfg.price_in + c["completion_tokens"] * cfg.price_out) / 1e6
+                for step, c in spent.items()}
+        lines += ["## Tokens", ""] + table(
+            ("step", "calls", "prompt tokens", "tokens written", "cost"),
+            *((step, *(c[name] for name in numbers), f"{cost[step]:.2f}") for step, c in spent.items()),
+            ("all", *(sum(c[name] for c in spent.values()) for name in numbers), f"{sum(cost.values()):.2f}"))
+    coverage = {
+        "kind": lambda r: [c.get("id", "judge") for c in r["constraints"]],
+        "dimension": lambda r: [dimension_of(c) for c in r["constraints"]],
+        "composition": lambda r: [r["composition"]],
+        "language": lambda r: [r["language"]],
+        "topic": lambda r: [r["topic"] or "other"],
     }
-    lines += ["", "## Records per kind", "", "| kind | " + " | ".join(files) + " |", "|---" * (len(files) + 1) + "|"]
-    lines += [
-        f"| {kind} | " + " | ".join(str(kinds[split][kind]) for split in files) + " |"
-        for kind in CONSTRAINTS
-        if any(kinds[split][kind] for split in files)
-    ]
-    return "\n".join(lines) + "\n"
+    for name, found in coverage.items():
+        counts = {split: Counter(x for r in records for x in set(found(r))) for split, records in files.items()}
+        order = [x for x in [*CONSTRAINTS, *sorted(set().union(*counts.values()) - set(CONSTRAINTS))]
+                 if any(count[x] for count in counts.values())]
+        lines += [f"## Records per {name}", ""]
+        lines += table((name, *files), *((x, *(counts[split][x] for split in files)) for x in order))
+    return "\n".join(lines)
+
+
+def plot_lengths(path: Path, records: list[dict]) -> None:
+    """Histograms of the words in instructions, thoughts and answers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3), layout="constrained")
+    for axis, name in zip(axes, ("instruction", "thought", "answer"), strict=True):
+        for language in sorted({record["language"] for record in records}):
+            sizes = [count_words(parts_of(r)[name]) for r in records if r["language"] == language]
+            axis.hist(sizes, bins=30, alpha=0.6, label=language)
+        axis.set_xlabel(f"words: {name}")
+    axes[0].legend()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def show_steps(folder: Path, seeds: list[dict]) -> None:
+    """What each step made of each request, for reading."""
+    for seed in seeds:
+        print(f"\n{'=' * 100}\n{seed['id']}")
+        for path in sorted((folder / "steps").iterdir(), key=lambda path: int(path.name.partition("-")[0])):
+            for row in read_jsonl(path):
+                if seed["id"] in (row["id"], row.get("seed")):
+                    print(f"\n[{path.stem}]")
+                    for name, value in row.items():
+                        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                        print(f"  {name}: " + text.replace("\n", "\n    "))
 
 
 def main(argv=None):
     cfg = parse_flags(Config, argv)
+    if bool(cfg.llm) != bool(cfg.llm_url):
+        raise InputError("--llm and --llm-url go together: the model's name and the address of its server")
+    if not cfg.llm and (cfg.expert not in ("", "repair") or cfg.judge):
+        raise InputError("--expert and --judge name served models; give --llm and --llm-url too")
+    cache = Path(cfg.out) / "calls"
+    if cfg.dry_run:
+        cfg = replace(cfg, limit=cfg.dry_run, out=str(Path(cfg.out) / "dry-run"))
     rank, _ = init_distributed()
     folder = open_run(cfg.out, cfg, resume=True)
-    funnel = {step: Counter() for step in ("requests", "drafts", "train", "held-out", "ood")}
+    funnel, spent, hits = defaultdict(Counter), defaultdict(Counter), []
+    if cfg.raif:
+        write_jsonl(folder / "train.jsonl", raif_records(cfg.raif, funnel["raif"]))
+        print("\n".join(table(("rows", "number"), *sorted(funnel["raif"].items()))))
+        return
+    if rank == 0:
+        for stale in (folder / "steps").glob("*.jsonl"):
+            stale.unlink()
+    ask = make_ask(cfg, folder, cache, spent) if cfg.llm else None
 
-    seeds = drop_duplicates(read_seeds(cfg), funnel)
+    known = read_benchmarks(cfg)
+    seeds = drop_duplicates(read_seeds(cfg, funnel["requests"]), funnel)
+    seeds = drop_contaminated(seeds, known, cfg, hits)
+    if hits:
+        funnel["requests"]["in a benchmark"] = len(hits)
     seeds.sort(key=lambda s: hashlib.sha256(f"{cfg.seed}/order/{s['id']}".encode()).digest())
-    seeds = seeds[: cfg.limit or None]
+    seeds = choose(seeds, ask, cfg, funnel["requests"])
 
-    plain = write_drafts(seeds, cfg, folder)
+    if ask:
+        bare = [seed for seed in seeds if not seed.get("draft")]
+        texts = ask("draft", bare, lambda seed: seed["text"],
+                    lambda seed, reply: reply.text.rpartition("</think>")[2].strip() or None)
+        plain = {seed["id"]: seed.get("draft") for seed in seeds}
+        plain |= {seed["id"]: text for seed, text in zip(bare, texts, strict=True)}
+    else:
+        plain = write_drafts(seeds, cfg, folder)
     if rank:
         return  # the rest takes seconds
+    keep(folder, "requests", seeds)
     usable = []
     for seed in seeds:
-        text = plain[seed["id"]]
-        draft, reason = (text, "") if seed.get("draft") else cut_draft(text, seed["language"], cfg.draft_words)
+        draft, reason = plain[seed["id"]], "no answer"
+        if draft and not seed.get("draft") and (not ask or cfg.expert == "repair"):  # repairs need short, plain drafts
+            draft, reason = cut_draft(draft, seed["language"], cfg.draft_words)
         funnel["drafts"]["kept" if draft else reason] += 1
         if draft:
             usable.append(seed | {"draft": draft, "plain": plain[seed["id"]]})
+    keep(folder, "drafts", [{name: seed[name] for name in ("id", "plain", "draft")} for seed in usable])
 
-    known = {"laptop": LAPTOP_KINDS, "ifeval": rewards.COMPAT, "all": CONSTRAINTS}[cfg.kinds]
+    known_kinds = {"laptop": LAPTOP_KINDS, "ifeval": rewards.COMPAT, "all": CONSTRAINTS}[cfg.kinds]
     left_out = OOD_KINDS if cfg.kinds == "all" else OOD_KINDS + IDLE_KINDS
-    trained = [kind for kind in CONSTRAINTS if kind in known and kind not in left_out]
+    trained = [kind for kind in CONSTRAINTS if kind in known_kinds and kind not in left_out]
     train_seeds = [seed for seed in usable if not is_heldout(seed["id"], cfg)]
     heldout_seeds = [seed for seed in usable if is_heldout(seed["id"], cfg)]
-    train = fill("train", train_seeds, cfg.uses, None, trained, (), cfg, funnel)
-    heldout = fill("held-out", heldout_seeds, 3, cfg.heldout, trained, (), cfg, funnel)
-    ood = fill("ood", heldout_seeds, 2, cfg.ood, trained, OOD_KINDS, cfg, funnel)
+    if ask:
+        train, heldout, ood = [], [], []
+        for record in evolve_served(usable, trained, ask, cfg, folder, funnel):
+            new = any(c.get("id") in OOD_KINDS for c in record["constraints"])
+            split = (ood if new else heldout) if is_heldout(record["seed"], cfg) else train
+            split.append(record if split is train else record | {"ood": new})
+    else:
+        train = fill("train", train_seeds, cfg.uses, None, trained, (), cfg, funnel)
+        heldout = fill("held-out", heldout_seeds, 3, cfg.heldout, trained, (), cfg, funnel)
+        ood = fill("ood", heldout_seeds, 2, cfg.ood, trained, OOD_KINDS, cfg, funnel)
+        keep(folder, "records", train + heldout + ood)
+    found = len(hits)
+    train, heldout, ood = (drop_contaminated(rows, known, cfg, hits) for rows in (train, heldout, ood))
+    if known:
+        funnel["contamination"].update({"kept": len(train + heldout + ood), "in a benchmark": len(hits) - found})
+        write_jsonl(folder / "contaminated.jsonl", hits)
+    if cfg.dry_run:
+        return show_steps(folder, seeds)
     if not train or not heldout + ood:
         raise InputError(
             f"{cfg.seeds or 'the shipped requests'}: {len(usable)} usable drafts from {len(seeds)} requests are "
@@ -651,12 +1484,14 @@ def main(argv=None):
 
     rng = random.Random(cfg.seed)
     train = rng.sample(train := mix_in_math(train, cfg, rng), len(train))
+    train = drop_contaminated(train, known, cfg, hits)  # math rows
     mixed = rng.sample(heldout + ood, len(heldout + ood))
     write_records(folder / "train.jsonl", train, "ev")
     write_records(folder / "heldout.jsonl", mixed, "held")
     write_jsonl(folder / "metrics.jsonl", [{"step": i, "name": name, **funnel[name]} for i, name in enumerate(funnel)])
-    text = report(funnel, {"train": train, "held-out": heldout, "ood": ood})
+    text = report(funnel, {"train": train, "held-out": heldout, "ood": ood}, spent, cfg)
     write_atomic(folder / "report.md", text)
+    plot_lengths(folder / "lengths.png", [r for r in train + mixed if r["task"] == "instruction"])
     print(text)
 
 

@@ -623,6 +623,7 @@ class Completion:
     finish_reason: str  # "stop" or "length"
     logprobs: list[float] | None = None  # of each token under the distribution it was sampled from
     top_logprobs: list[dict[str, float]] | None = None  # a server's alternatives per position: token text -> log p
+    reasoning: str = ""  # the thought, where a server sends it apart from the text
 
 
 def make_engine(backend: str, model, tokenizer, *, dtype=None, own_copy=False, source="", max_length=0, share=0.4):
@@ -938,15 +939,18 @@ class Endpoint:
     At most `concurrency` requests are under way. 408, 409, 429, 5xx, timeouts, broken connections and replies that are
     not what the protocol says are tried again, `max_retries` times with growing pauses; then InputError. A finished
     reply is stored under `cache` by the hash of model and full request, so a second run asks nothing twice.
+    skip_refused: a request answered with 400 or 422 (too long, content filter) gets a blank reply instead of an error.
     """
 
     def __init__(self, base_url: str, model: str, *, api_key: str = "", concurrency: int = 16, timeout: float = 120.0,
-                 max_retries: int = 8, cache: str | Path | None = None, top_logprobs: int = 0, progress: str = ""):
+                 max_retries: int = 8, cache: str | Path | None = None, top_logprobs: int = 0, progress: str = "",
+                 skip_refused: bool = False):
         from openai import OpenAI
 
         self.base_url, self.model, self.concurrency, self.max_retries = base_url, model, concurrency, max_retries
         self.cache = Path(cache) if cache else None
-        self.top_logprobs, self.progress = top_logprobs, progress
+        self.top_logprobs, self.progress, self.skip_refused = top_logprobs, progress, skip_refused
+        self.tokens = {"prompt_tokens": 0, "completion_tokens": 0}  # of all replies so far, cached ones included
         # Retries are ours: the client's own would not cover a reply that is not JSON or lacks its fields.
         self.client = OpenAI(base_url=base_url, api_key=api_key or os.environ.get("OPENAI_API_KEY", "none"),
                              timeout=timeout, max_retries=0)
@@ -964,23 +968,28 @@ class Endpoint:
                 replies = [job.result() for job in tqdm(jobs, desc=self.progress, disable=not self.progress)]
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-        return [[Completion(**choice) for choice in reply] for reply in replies]
+        for name in self.tokens:
+            self.tokens[name] += sum(reply.get("usage", {}).get(name, 0) for reply in replies)
+        return [[Completion(**choice) for choice in reply["choices"]] for reply in replies]
 
-    def _reply(self, request: dict) -> list[dict]:
-        """The fields of each choice, from the cache or the server."""
+    def _reply(self, request: dict) -> dict:
+        """{"choices": the fields of each, "usage": tokens}, from the cache or the server."""
         from openai import OpenAIError
 
         full = json.dumps({"model": self.model, **request}, sort_keys=True, ensure_ascii=False)
         key = hashlib.sha256(full.encode()).hexdigest()
         stored = self.cache / key[:2] / f"{key}.json" if self.cache else None
         if stored and stored.exists():
-            return json.loads(stored.read_text("utf-8"))["choices"]
+            return json.loads(stored.read_text("utf-8"))
         for attempt in range(self.max_retries + 1):
             try:
-                choices = self._ask(request)
+                reply = self._ask(request)
                 break
             except (OpenAIError, ValueError) as error:
                 status = getattr(error, "status_code", None)
+                if self.skip_refused and status in (400, 422):
+                    blank = {"token_ids": [], "text": "", "finish_reason": "refused"}
+                    return {"choices": [blank] * request["n"]}
                 if status is not None and status not in (408, 409, 429) and status < 500:
                     raise InputError(f"{self.base_url}: {self.model} refused the request ({error}); check the model "
                                      "name, the key and the request's length") from error
@@ -989,10 +998,10 @@ class Endpoint:
                                      "server; finished replies are kept in the cache") from error
                 time.sleep(min(30.0, 0.1 * 2**attempt) * (0.5 + random.random()))
         if stored:
-            write_atomic(stored, json.dumps({"request": json.loads(full), "choices": choices}, ensure_ascii=False))
-        return choices
+            write_atomic(stored, json.dumps({"request": json.loads(full), **reply}, ensure_ascii=False))
+        return reply
 
-    def _ask(self, request: dict) -> list[dict]:
+    def _ask(self, request: dict) -> dict:
         reply = self.client.chat.completions.create(model=self.model, **request)
         answered = [choice for choice in getattr(reply, "choices", None) or [] if choice.message]
         if len(answered) != request["n"]:
@@ -1007,8 +1016,11 @@ class Endpoint:
                 "logprobs": [token.logprob for token in content] if content else None,
                 "top_logprobs": [{top.token: top.logprob for top in token.top_logprobs} for token in content]
                 if content else None,
+                "reasoning": getattr(choice.message, "reasoning_content", None)
+                or getattr(choice.message, "reasoning", None) or "",
             })
-        return choices
+        usage = getattr(reply, "usage", None)  # not all servers count
+        return {"choices": choices, "usage": {name: getattr(usage, name, 0) or 0 for name in self.tokens}}
 
 
 def make_judge(name: str, url: str = "", *, precision: str = "auto", cache: str | Path | None = None):
