@@ -797,6 +797,8 @@ def make_ask(cfg: Config, folder: Path, cache: Path, spent: dict):
     write_atomic(folder / "calls.jsonl", "")
 
     def ask(step, items, write, read, *, role="llm", temperature=0.0, seed=0) -> list:
+        if not items:
+            return []
         endpoint, values, pending = served[role], [None] * len(items), list(range(len(items)))
         endpoint.progress, before = step, dict(endpoint.tokens)
         for attempt in range(ATTEMPTS):
