@@ -757,8 +757,10 @@ def fill(split: str, seeds, rounds: int, target: int | None, kinds, first, cfg: 
                 return records
             stream = f"{cfg.seed}/{split}/{use}/{attempt}/{seed['id']}"
             rng = random.Random(stream)
-            composition = "and" if cfg.compositions == "and" else random.Random(f"{stream}/form").choice(COMPOSITIONS)
             wanted = first or [kind for kind in seed.get("fits", ()) if kind in kinds]
+            composition = "and"
+            if cfg.compositions == "all" and all(variants(k, seed["language"], split != "train", True) for k in wanted):
+                composition = random.Random(f"{stream}/form").choice(COMPOSITIONS)
             fresh = [[kind for kind in some if kind not in taken[seed["id"]]] for some in (kinds, wanted)]
             plan = draw_plan(rng, seed, tried, cfg, heldout=split != "train", kinds=fresh[0], first=fresh[1],
                              composition=composition)
@@ -1093,7 +1095,7 @@ def quick_leakage(record, answer):
 
 
 def quick_length(record, answer):
-    return True if count_words(answer) < 1 or len(answer) > rewards.MAX_CHARS // 2 else None
+    return True if not tokens(answer) or len(answer) > rewards.MAX_CHARS // 2 else None
 
 
 def quick_undefined(record, answer):

@@ -6,7 +6,8 @@ import random
 import pytest
 
 import evolve
-from rewards import CONSTRAINTS, InputError, check, read_records, render, score
+from model import read_jsonl
+from rewards import CONSTRAINTS, InputError, check, parse_response, read_records, render, score
 
 OPENINGS = [
     "A calm morning is the best time to begin with this.",
@@ -97,7 +98,7 @@ def test_instruction_states_request_and_every_constraint(files):
 def test_math_ratio(files):
     train, heldout = files
     math = sum(r["task"] == "math" for r in train)
-    assert math == round(0.2 * (len(train) - math))
+    assert math == round(evolve.Config().math_ratio * (len(train) - math))
     assert all(r["task"] == "instruction" for r in heldout)
 
 
@@ -133,7 +134,7 @@ def test_near_duplicates_are_dropped_and_counted():
     funnel = {"requests": evolve.Counter()}
     kept = evolve.drop_duplicates([{"text": text} for text in texts], funnel)
     assert [seed["text"] for seed in kept] == [texts[0], texts[3]]
-    assert funnel["requests"] == {"exact duplicate": 1, "near duplicate": 1, "kept": 2}
+    assert funnel["requests"] == {"exact duplicate": 1, "near duplicate": 1}
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_cut_draft(text, expected):
 @pytest.mark.parametrize(
     "lines, message",
     [
-        ([], "no requests"),
+        ([], "is empty"),
         (["{"], ":1: is not JSON"),
         ([{"id": "a", "language": "en", "text": "Why?"}, {"id": "b", "language": "en"}], ":2: field 'text'"),
         ([{"id": "a", "language": "fr", "text": "Pourquoi ?"}], ":1: field 'language'"),
@@ -173,3 +174,183 @@ def test_bad_seed_line_is_named(tmp_path, lines, message):
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), "utf-8")
     with pytest.raises(InputError, match=message):
         evolve.read_seeds(evolve.Config(seeds=str(path)))
+
+
+@pytest.fixture(scope="module")
+def full(run_evolve):
+    folder = run_evolve("all", "--kinds", "all", "--language", "both", "--compositions", "all")
+    return [r for name in ("train", "heldout") for r in read_records(folder / f"{name}.jsonl") if r["task"] != "math"]
+
+
+def test_all_kinds_compositions_and_languages(full):
+    assert {c["id"] for r in full for c in r["constraints"] if c["active"]} == set(CONSTRAINTS)
+    forms = {(r["language"], r["composition"]) for r in full}
+    assert forms == {(language, form) for language in ("en", "zh") for form in evolve.COMPOSITIONS}
+
+
+def test_every_active_constraint_holds_and_branches_are_what_the_condition_says(full):
+    """Re-checked from the record alone: no helper of evolve.py has a say."""
+    seen = set()
+    for record in full:
+        prompt, answer = record["messages"][0]["content"], parse_response(record["expert"]).answer
+        active = [c for c in record["constraints"] if c["active"]]
+        assert all(check(c["id"], c["kwargs"], answer, prompt=prompt) for c in active)
+        first = record["constraints"]
+        depends = [c["depends_on"] for c in first]
+        if record["composition"] == "and":
+            assert len(active) == len(first) and not any(depends) and "condition" not in record
+            continue
+        for c in first:
+            assert c["text"].rstrip(".。")[1:] in prompt
+        if record["composition"] == "chain":
+            assert depends == [[i - 1] if i else [] for i in range(len(first))] and len(first) > 1
+            continue
+        condition, rest = record["condition"], prompt.split("\n\n", 1)[1]
+        request = rest.split(":" if record["language"] == "en" else "：", 1)[1]
+        if "question mark" in condition["if"] or "问号" in condition["if"]:
+            assert condition["holds"] == request.endswith(("?", "？"))
+        if "comma" in condition["if"] or "逗号" in condition["if"]:
+            assert condition["holds"] == ("," in request or "，" in request)
+        assert condition["if"] in prompt and condition["why"] in record["expert"]
+        off = [i for i, c in enumerate(first) if not c["active"]]
+        assert len(off) == 1 and off[0] >= len(first) - (3 if record["composition"] == "nested" else 2)
+        assert (off[0] == len(first) - 1) == condition["holds"]  # the branch after "otherwise" comes last
+        if record["composition"] == "nested":
+            assert any(depends) and all(first[j]["active"] for d in depends for j in d)
+        seen.add((record["composition"], condition["holds"]))
+    assert len(seen) == 4
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+def test_requests_of_other_forms(tmp_path):
+    chat = [{"role": "user", "content": "How do I dry herbs at home?"}, {"role": "assistant", "content": "Hang them."}]
+    rows = [
+        {"conversation": chat, "language": "English", "toxic": False},
+        {"conversation": [{"role": "user", "content": "What is in the bad box today?"}], "toxic": True},
+        {"conversations": [{"from": "human", "value": "Why is the sky blue in the day?"}]},
+        {"instruction": "Sort these words for me.", "input": "pear, apple, fig", "output": "apple, fig, pear"},
+        {"instruction": "Write it in plain words.", "instances": [{"input": "Utilise the lift.", "output": "…"}]},
+        {"prompt": "Wie trockne ich Kräuter am besten zu Hause auf dem Balkon?"},
+        {"prompt": "怎样在家里晾干香草？请说得简单一点。"},
+        {"messages": [{"role": "system", "content": "x"},
+                      {"role": "user", "content": "Name a good tool for the garden."}]},
+        {"prompt": "Do it."},
+        {"prompt": "is it so, " * 400},
+    ]
+    counts = evolve.Counter()
+    cfg = evolve.Config(seeds=write(tmp_path / "mixed.jsonl", rows), language="both")
+    texts = [seed["text"] for seed in evolve.read_seeds(cfg, counts)]
+    assert texts == ["How do I dry herbs at home?", "Why is the sky blue in the day?",
+                     "Sort these words for me.\n\npear, apple, fig", "Write it in plain words.\n\nUtilise the lift.",
+                     "Name a good tool for the garden."]
+    assert counts["toxic"] == counts["other language"] == counts["Chinese, and no model to answer it"] == 1
+    assert counts["too short"] + counts["too long"] + counts["other language"] == 3
+    cfg = evolve.Config(seeds=cfg.seeds, language="zh", llm="toy")
+    assert [seed["text"] for seed in evolve.read_seeds(cfg)] == [rows[6]["prompt"]]
+
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    parquet.write_table(pyarrow.Table.from_pylist([{"conversation": chat}]), tmp_path / "chat.parquet")
+    (tmp_path / "list.json").write_text(json.dumps(rows[2:4]))
+    assert len(evolve.read_seeds(evolve.Config(seeds=str(tmp_path / "chat.parquet")))) == 1
+    assert len(evolve.read_seeds(evolve.Config(seeds=str(tmp_path / "list.json")))) == 2
+
+
+def test_tags_by_keyword_and_cap_per_ability():
+    texts = ["Write a poem about rain.", "Translate this line.", "A poem on tea, please.", "Zzz qqq vvv."]
+    seeds = [{"id": str(i), "language": "en", "text": text} for i, text in enumerate(texts)]
+    counts = evolve.Counter()
+    chosen = evolve.choose(seeds, None, evolve.Config(ability_cap=1), counts)
+    assert [(seed["id"], seed["ability"]) for seed in chosen] == [("0", "poem"), ("1", "translation"), ("3", "other")]
+    assert counts["over the cap of its ability"] == 1
+
+
+def test_contamination_is_dropped_and_listed(tmp_path):
+    (tmp_path / "sub").mkdir()
+    boat = "in detail how a paper boat is folded so that it floats for a long while"
+    (tmp_path / "sub" / "bench.json").write_text(json.dumps([{"turns": [{"q": f"Please tell me {boat}."}]}]))
+    write(tmp_path / "zh.jsonl", [{"prompt": "请用不超过三句话介绍一下这座城市最有名的桥。"}])
+    cfg = evolve.Config(benchmark_dir=str(tmp_path))
+    rows = [
+        {"id": "a", "text": f"Hello! I ask {boat}, please?"},
+        {"id": "b", "text": "Please tell me how a kite is folded so that it flies."},
+        {"id": "c", "text": "你好，请用不超过三句话介绍一下这座城市最有名的桥，谢谢。"},
+        {"id": "d", "messages": [{"role": "user", "content": f"Tell me {boat}."}]},
+    ]
+    hits = []
+    clean = evolve.drop_contaminated(rows, evolve.read_benchmarks(cfg), cfg, hits)
+    assert [row["id"] for row in clean] == ["b"]
+    found = [(hit["id"], hit["file"]) for hit in hits]
+    assert found == [("a", "sub/bench.json"), ("c", "zh.jsonl"), ("d", "sub/bench.json")]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no"):
+        evolve.read_benchmarks(evolve.Config(benchmark_dir=str(tmp_path / "empty")))
+
+
+def test_math_rows(tmp_path):
+    rows = [
+        {"problem": "What is half of 7?", "answer": "\\frac{7}{2}", "difficulty": 1.0},
+        {"question": "Ann has 3 boxes of 400 pens. How many?", "answer": "3 x 400 = <<3*400=1200>>1200\n#### 1,200"},
+        {"problem": "What is 2 + 2?", "solution": "We add: $\\boxed{4}$."},
+    ]
+    records = evolve.math_records(write(tmp_path / "m.jsonl", rows))
+    assert [record["answer"] for record in records] == ["\\frac{7}{2}", "1200", "4"]
+    assert all("\\boxed{}" in record["messages"][0]["content"] for record in records)
+    write_back = write(tmp_path / "records.jsonl", records)
+    assert read_records(write_back) == evolve.math_records(write_back)
+    with pytest.raises(InputError, match=":1: fields 'problem'"):
+        evolve.math_records(write(tmp_path / "bad.jsonl", [{"problem": "What?"}]))
+
+
+def test_released_raif_files(tmp_path):
+    """Rows invented after the description of the formats (method.md section 6)."""
+    def qwen(text):
+        turns = [("system", "Think first."), ("user", text)]
+        shown = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+        return f"{shown}<|im_start|>assistant\n<think>\n"
+
+    kwargs = [{"num_words": None, "keywords": ["tea"]}, None]
+    rl = [
+        {"input": qwen("What is 3 + 4?"), "task": "default", "target": "7"},
+        {"input": qwen("Write about tea, without commas."), "task": "ifeval_1", "target": json.dumps(
+            {"instruction_id_list": ["keywords:existence", "punctuation:no_comma"], "kwargs": kwargs, "score": 0.5})},
+        {"input": "<｜User｜>写一首温柔的小诗。<｜Assistant｜>", "task": "complex_zh",
+         "target": {"scoring_questions": ["语气温柔吗？", "是诗吗？"]}},
+        {"input": qwen("Write <x>."), "task": "ifeval_2",
+         "target": {"instruction_id_list": ["odd:kind"], "kwargs": [{}]}},
+    ]
+    sft = [
+        {"question": qwen("Write about tea, without commas."),
+         "answer": "Short.\n</think>\n<answer>Tea is warm.</answer>"},
+        {"question": "<｜User｜>Name a river.<｜Assistant｜>", "answer": "<think>\nOne.\n</think>\nThe Danube."},
+    ]
+    out = tmp_path / "out"
+    files = write(tmp_path / "rl.jsonl", rl) + "," + write(tmp_path / "sft.jsonl", sft)
+    evolve.main(["--raif", files, "--out", str(out)])
+    records = read_records(out / "train.jsonl")
+    assert [r["task"] for r in records] == ["math", "instruction", "instruction", "instruction"]
+    assert [r["messages"][0]["content"] for r in records][::3] == ["What is 3 + 4?", "Name a river."]
+    assert records[0]["answer"] == "7" and records[2]["language"] == "zh"
+    assert [c["question"] for c in records[2]["constraints"]] == ["语气温柔吗？", "是诗吗？"]
+    assert [c["kwargs"] for c in records[1]["constraints"]] == [{"keywords": ["tea"]}, {}]
+    assert score([records[1]], [records[1]["expert"]])[0].total == 3.0
+    assert parse_response(records[3]["expert"]).format_ok
+    counts = evolve.Counter()
+    evolve.raif_records(str(tmp_path / "rl.jsonl"), counts)
+    assert counts["unknown constraint odd:kind"] == 1
+    rl[2]["target"] = "not JSON"
+    with pytest.raises(InputError, match=":3: field 'target'"):
+        evolve.raif_records(write(tmp_path / "bad.jsonl", rl), counts)
+
+
+def test_dry_run_prints_the_steps_and_leaves_the_files_alone(run_evolve, capsys):
+    folder = run_evolve("dry", "--dry-run", "3")
+    printed = capsys.readouterr().out
+    assert printed.count("=" * 100) == 3 and "[0-requests]" in printed and "plain: " in printed
+    assert not (folder / "train.jsonl").exists()
+    assert len(read_jsonl(folder / "dry-run" / "steps" / "0-requests.jsonl")) == 3

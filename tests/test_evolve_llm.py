@@ -17,9 +17,9 @@ import pytest
 from conftest import ROOT
 
 import evolve
-from rewards import parse_response, read_records, score
+from rewards import InputError, parse_response, read_records, score
 
-PLAIN = "First, put the kettle on and look out of the window. The garden is quiet, and the day is long. Then sit down."
+PLAIN = "First, put the kettle on and look out. The garden is quiet, and the day is long. Then sit down with a cup."
 PLAIN_ZH = "先把水烧开，看看窗外。花园里很安静，白天很长。然后坐下来，慢慢喝一杯茶。"
 
 
@@ -37,11 +37,11 @@ def script(messages, folder):
     if prompt.startswith("You sort requests"):
         return json.dumps({"topic": "problem solving", "ability": ["tips", "planning"][len(quoted[0]) % 2]}), ""
     if "still with words drawn by chance" in prompt:
-        words = "茶壶 窗户 花园 杯子 早晨 阳光".split() if zh else "kettle window garden teacup morning sunlight".split()
+        words = "茶壶 窗户 花园 杯子 阳光".split() if zh else "kettle window garden teacup morning sunlight".split()
         return "Sure:\n```json\n" + json.dumps({"words": words}) + "\n```", ""
     if "taken apart" in prompt:
         parts = [
-            {"text": f"第{i}点要写清楚。" if zh else f"Make point {i} clear.", "question": f"Is point {i} clear?"}
+            {"text": f"第{i}点写清楚。" if zh else f"Make point {i} clear.", "question": f"Point {i} clear?"}
             for i in range(int(re.search(r"Exactly (\d+) parts", prompt)[1]))
         ]
         value = {"parts": parts}
@@ -185,3 +185,218 @@ def test_a_killed_run_goes_on_where_it_was(server, tmp_path):
     evolve.main(flags(server, tmp_path / "whole", 12))
     for name in NAMES:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def asks(answer):
+    """An `ask` whose replies come from answer(step, prompt, turn): a text, or None for an unusable one."""
+    def ask(step, items, write, read, *, role="llm", temperature=0.0, seed=0):
+        found = []
+        for item in items:
+            prompt = write(item)
+            text = answer(step, prompt if isinstance(prompt, str) else prompt[-1]["content"], seed)
+            found.append(None if text is None else read(item, reply(*text) if isinstance(text, tuple) else reply(text)))
+        return found
+
+    return ask
+
+
+def exemplar(composition, language="en"):
+    rows = evolve.read_jsonl(evolve.data_dir / "exemplars.jsonl")
+    return next(r for r in rows if r["composition"] == composition and r["language"] == language)
+
+
+def seed_of(number, text="Tell me about tea."):
+    return {"id": f"s{number}", "language": "en", "text": text, "draft": PLAIN, "plain": PLAIN}
+
+
+def test_a_merge_that_loses_a_part_is_repeated_then_dropped():
+    texts = ["Write of tea.", "Write of coffee.", "Write of milk."]
+    items = [{"seed": seed_of(i, text), "composition": "chain", "example": exemplar("chain")}
+             for i, text in enumerate(texts)]
+    turns = Counter()
+
+    def answer(step, prompt, turn):
+        turns[step, turn] += 1
+        if step == "compare":  # milk is always wrong, coffee only in the first try
+            return "no" if "of milk" in prompt or ("of coffee" in prompt and turns["merge", 1] == 0) else "Yes."
+        return script([{"role": "user", "content": prompt}], None)[0]
+
+    counts = Counter()
+    records = evolve.judged_records(items, asks(answer), counts)
+    assert [record["id"] for record in records] == ["s0", "s1"]
+    assert counts == {"kept": 2, "parts lost or added in merging": 1, "parts not rewritten": 0,
+                      "condition not as meant": 0}
+    assert [turns["merge", turn] for turn in range(3)] == [3, 2, 1]
+    model = exemplar("chain")["parts"]
+    for name in ("depends_on", "active", "dimension"):
+        assert [c[name] for c in records[0]["constraints"]] == [part[name] for part in model]
+
+
+@pytest.mark.parametrize("composition", ["selection", "nested"])
+def test_a_condition_that_is_not_as_meant_drops_the_record(composition):
+    example = exemplar(composition)
+    items = [{"seed": seed_of(i), "composition": composition, "example": example} for i in range(2)]
+    asked = Counter()
+
+    def answer(step, prompt, turn):
+        asked[step] += 1
+        if step == "condition" and asked[step] == 1:
+            return "unclear"
+        return script([{"role": "user", "content": prompt}], None)[0]
+
+    counts = Counter()
+    [record] = evolve.judged_records(items, asks(answer), counts)
+    assert counts["condition not as meant"] == 1 and record["condition"]["holds"] is example["condition"]["holds"]
+    assert ("inner" in record["condition"]) == (composition == "nested")
+    assert [c["active"] for c in record["constraints"]] == [part["active"] for part in example["parts"]]
+
+
+@pytest.mark.parametrize("parts", ["[]", "not JSON", '{"parts": [{"text": "one"}]}', '{"parts": 3}', "[" * 100_000])
+def test_unusable_parts_are_no_parts(parts):
+    counts = Counter()
+    items = [{"seed": seed_of(0), "composition": "and", "example": exemplar("and")}]
+    assert evolve.judged_records(items, asks(lambda *_: parts), counts) == []
+    assert counts["parts not rewritten"] == 1
+
+
+def test_suggested_words_are_validated():
+    def plan(kind, kwargs, *more):
+        return {"drawn": [(kind, kwargs), *more], "other": None}
+
+    def suggested(text, plan, words):
+        evolve.suggest_words([(seed_of(0, text), plan)], asks(lambda *_: json.dumps({"words": words})))
+        return plan["drawn"][0][1]
+
+    exists = {"keywords": ["old", "worn"]}
+    kind = "keywords:existence"
+    assert suggested("Tea?", plan(kind, exists), ["leaf", "two words", 3, "leaf", "cup", "pot"]) == {
+        "keywords": ["leaf", "cup"]}
+    assert suggested("Tea?", plan(kind, exists), ["leaf", "茶"]) == exists  # too few are left
+    clash = plan(kind, exists, ("keywords:forbidden_words", {"forbidden_words": ["leaf"]}))
+    evolve.suggest_words([(seed_of(0), clash)], asks(lambda *_: json.dumps({"words": ["leaf", "cup", "pot"]})))
+    assert clash["drawn"] == [(kind, {"keywords": ["cup", "pot"]}), ("keywords:forbidden_words",
+                                                                    {"forbidden_words": ["leaf"]})]
+    assert suggested("Tea?", plan("keywords:frequency", {"keyword": "x", "frequency": 2, "relation": "at least"}),
+                     ["leaf"])["keyword"] == "leaf"
+    assert suggested("Tell me of tea.", plan("keywords:forbidden_words", {"forbidden_words": ["x"]}),
+                     ["tea", "leaf"]) == {"forbidden_words": ["leaf"]}
+
+
+def test_the_shortest_answer_that_passes_code_and_judge_is_kept():
+    record = evolve.as_record(seed_of(0), "and", "Write about tea without commas.", [
+        {"kind": "code", "id": "punctuation:no_comma", "kwargs": {}, "text": "…", "depends_on": [], "active": True},
+        {"kind": "judge", "question": "Is it about tea?", "text": "…", "depends_on": [], "active": True},
+        {"kind": "judge", "question": "Is it sad?", "text": "…", "depends_on": [], "active": False}])
+    answers = [("Tea, warm.", "Short."), ("Milk is cold.", "Shorter."), ("Tea is a warm drink.", "A longer thought."),
+               ("<think>Hm.</think><answer>Tea is a very very very very warm drink.</answer>",)]
+    asked = []
+
+    def answer(step, prompt, turn):
+        if step == "expert":
+            return answers[turn]
+        asked.append(prompt)
+        return "yes" if "Tea" in prompt else "no"
+
+    counts = Counter()
+    cfg = evolve.Config(tries=4)
+    [kept] = evolve.add_experts([record], asks(answer), cfg, counts)
+    assert parse_response(kept["expert"]).answer == "Tea is a warm drink." and counts["kept"] == 1
+    assert len(asked) == 2 and not any("sad" in prompt for prompt in asked)  # the longest is never judged
+    assert evolve.add_experts([record], asks(lambda step, *_: "no tags at all"), cfg, counts) == []
+    assert counts["no answer passed the code checks"] == 1
+
+
+@pytest.mark.parametrize("text, reasoning, expected", [
+    ("<think>a b</think><answer>c</answer>", "", ("a b", "c")),
+    ("<think>a b</think>\nc", "", ("a b", "c")),
+    ("<answer>c</answer>", "a b", ("a b", "c")),
+    ("c", "a b", ("a b", "c")),
+    ("c", "", None),
+    ("<think>...</think><answer>c</answer>", "", None),
+    ("<think>a</think><answer></answer>", "", None),
+    ("<think>a</think><answer>c</answer> <answer>d</answer>", "", None),
+])
+def test_thought_and_answer_of_an_expert(text, reasoning, expected):
+    assert evolve.read_expert({}, reply(text, reasoning)) == expected
+
+
+def code(kind, **kwargs):
+    return {"kind": "code", "id": kind, "kwargs": kwargs, "text": "…", "depends_on": [], "active": True}
+
+
+PLANTED = {  # filter -> (instruction, answer, constraints): a fault that code finds without a call
+    "language": ("Tell me about tea.", "茶是一种很温暖的饮料，很多人喜欢。", [code("punctuation:no_exclamation")]),
+    "leakage": ("Say this: tea is a warm drink for cold days.", "Tea is a warm drink for cold days.",
+                [code("punctuation:no_comma")]),
+    "length": ("Tell me about tea.", "?!", [code("punctuation:no_comma")]),
+    "undefined": ("Write a letter to {name} about tea.", "Dear friend: tea is warm and good.",
+                  [code("punctuation:no_comma")]),
+    "contradiction": ("Write about tea and never mention it.", "Here is something good to read.",
+                      [code("keywords:existence", keywords=["tea"]),
+                       code("keywords:forbidden_words", forbidden_words=["tea"])]),
+    "unsafe": ("Tell me how to make a bomb.", "First you take one of these.", [code("punctuation:no_comma")]),
+}
+
+
+def planted(instruction, answer, constraints):
+    record = evolve.as_record(seed_of(0, instruction), "and", instruction, constraints)
+    return record | {"expert": f"<think>Well.</think><answer>{answer}</answer>"}
+
+
+@pytest.mark.parametrize("name", evolve.FILTERS)
+def test_each_filter_drops_its_fault_by_code_or_by_the_model(name, tmp_path):
+    funnel = {f"filter: {other}": Counter() for other in evolve.FILTERS}
+    asked = []
+
+    def answer(step, prompt, turn):
+        asked.append(step)
+        return "True" if step == f"filter {name}" and "Sip" in prompt else "na" if "unsafe" in step else "False"
+
+    good = planted("Tell me about tea.", "It is a warm drink that many people like on cold days.", [
+        code("punctuation:no_comma")])
+    assert evolve.apply_filters([good], asks(answer), tmp_path, funnel) == [good]
+    assert [f"filter {other}" in asked for other in evolve.FILTERS] == [n != "language" for n in evolve.FILTERS]
+
+    if name in PLANTED:
+        before = len(asked)
+        assert evolve.apply_filters([planted(*PLANTED[name])], asks(answer), tmp_path, funnel) == []
+        assert funnel[f"filter: {name}"]["found by code"] == 1
+        assert f"filter {name}" not in asked[before:]
+    # the model's True drops too: here the language is open, as the answer mixes two
+    mixed = planted("Tell me about tea.", "Sip 茶 with honey on every cold day.", [code("punctuation:no_comma")])
+    assert evolve.apply_filters([mixed], asks(answer), tmp_path, funnel) == []
+    assert funnel[f"filter: {name}"]["found by the model"] == 1
+    rubric = evolve.fill_prompt(f"filter_{name}")
+    assert rubric.startswith("Fault: ") and len({evolve.fill_prompt(f"filter_{n}") for n in evolve.FILTERS}) == 7
+
+
+def test_sets_in_the_conflict_table_are_contradictions():
+    pair = [code("change_case:english_capital"), code("change_case:english_lowercase")]
+    assert evolve.quick_contradiction({"constraints": pair, "messages": []}, "") is True
+    pair[1]["active"] = False  # another branch
+    assert evolve.quick_contradiction({"constraints": pair, "messages": []}, "") is None
+
+
+def test_dry_run_shows_five_records_through_all_steps(server, tmp_path, capsys):
+    arguments = flags(server, tmp_path / "dry")
+    Scripted.folder = tmp_path / "dry" / "dry-run"
+    evolve.main([*arguments, "--dry-run", "5"])
+    printed = capsys.readouterr().out
+    assert printed.count("=" * 100) == 5
+    for step in ("requests", "drafts", "constraints", "expert", "filter-unsafe"):
+        assert f"-{step}]" in printed
+    assert not (tmp_path / "dry" / "train.jsonl").exists()
+
+
+def test_repaired_drafts_as_experts_need_no_expert_model(server, tmp_path):
+    evolve.main([*flags(server, tmp_path / "repair", 16), "--expert", "repair", "--judge-share", "0.4"])
+    records = [r for name in NAMES for r in read_records(tmp_path / "repair" / name) if r["task"] == "instruction"]
+    kinds = {(r["constraints"][0]["kind"], "expert" in r) for r in records}
+    assert kinds == {("code", True), ("judge", False)}
+    assert not any(json.loads(body)["messages"][0]["role"] == "system" for body in Scripted.served)
+
+
+@pytest.mark.parametrize("given", [["--llm", "toy"], ["--llm-url", "http://x"], ["--expert", "a"], ["--judge", "a"]])
+def test_flags_that_need_each_other(given, tmp_path):
+    with pytest.raises(InputError, match="--llm"):
+        evolve.main([*given, "--out", str(tmp_path)])
