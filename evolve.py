@@ -2,13 +2,18 @@
 
     python evolve.py                        520 shipped English requests -> runs/evolve/{train,heldout}.jsonl, report.md
     python evolve.py --language both        Chinese requests as well
-    python evolve.py --limit 40 --out /tmp/e   a quick look
+    python evolve.py --limit 40 --out /tmp/e   a quick look; --dry-run 5 prints what each step makes of five requests
+    python evolve.py --kinds all --language both --compositions all     all 64 kinds; And, Chain, Selection, Nested
+    python evolve.py --llm Qwen/Qwen2.5-72B-Instruct --llm-url http://localhost:8000/v1 --seeds allenai/WildChat \\
+        --language both --compositions all --limit 10000 --benchmark-dir benchmarks    any OpenAI-compatible server
 
-One step after the other: seeds -> drafts -> 1 to 3 compatible constraints with arguments that fit the draft -> one
-natural instruction -> expert answer -> checks -> train and held-out files. The offline expert is *draft and repair*:
-the local model answers the plain request, each constraint's `repair` edits that draft until every checker passes, and a
-thought that works through the constraints is put in front. What fails is dropped and counted, never kept.
-Held-out records have other requests and other wordings than training; some have kinds never trained on (OOD).
+One step after the other: seeds -> drafts -> compatible constraints with arguments that fit the draft -> one natural
+instruction -> expert answer -> checks -> train and held-out files. The offline expert is *draft and repair*: the local
+model answers the plain request, each constraint's `repair` edits that draft until every checker passes, and a thought
+that works through the constraints is put in front. With a served model (--llm) half of the requests get constraints
+that a judge verifies, rewritten from data/exemplars.jsonl; experts are sampled, and seven filters follow. What fails
+is dropped and counted, never kept. Held-out records have other requests and other wordings than training; some have
+kinds never trained on (OOD). Prompts are data/prompts/, own wording; this order is that of the paper's section 3.1.
 """
 
 import hashlib
@@ -136,7 +141,10 @@ def rows_of(source: str):
     elif path.suffix == ".parquet" and path.exists():
         import pyarrow.parquet  # comes with datasets
 
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
+        try:
+            batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
+        except ValueError as error:
+            raise InputError(f"{path}: is not Parquet ({error}); give a whole file") from None
         rows = (row for batch in batches for row in batch.to_pylist())
     elif path.suffix == ".json" and path.exists() and path.read_text("utf-8-sig").lstrip()[:1] == "[":
         try:
@@ -194,9 +202,12 @@ def read_seeds(cfg: Config, counts: Counter | None = None) -> list[dict]:
     for source in [cfg.seeds] if cfg.seeds else files[cfg.language] + forms:
         for where, row in rows_of(str(source)):
             if "text" not in row and row.keys() & set(_OTHER_FORMS):
-                text = request_of(row)
+                try:
+                    text = request_of(row)
+                except (AttributeError, IndexError, TypeError):
+                    text = None
                 if not filled(text):
-                    raise InputError(f"{where}: has no user turn and no instruction; remove the line")
+                    raise InputError(f"{where}: no text of a user turn, instruction or prompt; mend or remove the line")
                 seed = {"id": f"{Path(source).stem}-{where.rpartition(':')[2]}", "text": text.strip()}
                 seed["language"] = language_of(text)
                 useless = {"toxic": row.get("toxic"), "other language": not seed["language"],
@@ -685,6 +696,10 @@ def draw_plan(rng, seed, tried: Counter, cfg: Config, *, heldout, kinds, first, 
     return plan if drawn else None
 
 
+def assistant_turn(thought: str, answer: str) -> str:
+    return f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>"
+
+
 def as_record(seed, composition: str, instruction: str, constraints, condition=None, expert: str | None = None) -> dict:
     return {
         "id": seed["id"],
@@ -732,7 +747,7 @@ def make_record(rng, seed, plan: dict, thoughts, cfg: Config, counts: Counter, e
         constraints, sentences = compose(rng, language, composition, constraints, other, plan["condition"])
         joints = phrases()["joints"][language]
         instruction = f"{joints['space'].join(sentences)}\n\n{joints['label']}{seed['text']}"
-    turn = f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>" if expert else None
+    turn = assistant_turn(thought, answer) if expert else None
     record = as_record(seed, composition, instruction, constraints, plan["condition"], turn)
     # The last word has the scoring path of training itself, on the whole assistant turn.
     if expert and rewards.score([record], [record["expert"]])[0].total != 3.0:
@@ -767,8 +782,9 @@ def fill(split: str, seeds, rounds: int, target: int | None, kinds, first, cfg: 
             if plan is None:
                 funnel[split]["no constraint fits"] += 1
             elif record := make_record(rng, seed, plan, thoughts, cfg, funnel[split]):
-                records.append(record | ({"ood": bool(first)} if split != "train" else {}))
-                taken[seed["id"]] |= {constraint["id"] for constraint in record["constraints"]}
+                asked = {constraint["id"] for constraint in record["constraints"]}
+                records.append(record | ({"ood": bool(asked & set(OOD_KINDS))} if split != "train" else {}))
+                taken[seed["id"]] |= asked
                 break
     return records
 
@@ -792,7 +808,8 @@ def make_ask(cfg: Config, folder: Path, cache: Path, spent: dict):
     """
     names = {"llm": (cfg.llm, cfg.llm_url), "expert": (cfg.expert, cfg.expert_url), "judge": (cfg.judge, cfg.judge_url)}
     served = {
-        role: Endpoint(url or cfg.llm_url, name or cfg.llm, cache=cache, concurrency=cfg.concurrency, skip_refused=True)
+        role: Endpoint(url or cfg.llm_url, name or cfg.llm, cache=cache, concurrency=cfg.concurrency, timeout=600.0,
+                       skip_refused=True)
         for role, (name, url) in names.items()
         if name != "repair"
     }
@@ -844,7 +861,12 @@ def read_word(reply, known: str) -> str | None:
     return found[1] if found else None
 
 
+def read_yes(item, reply) -> bool | None:
+    return rewards.read_verdict(reply)
+
+
 def keep(folder: Path, step: str, rows) -> None:
+    """What a step made, as steps/NUMBER-step.jsonl."""
     write_jsonl(folder / "steps" / f"{len(list((folder / 'steps').glob('*')))}-{step}.jsonl", rows)
 
 
@@ -871,45 +893,48 @@ def suggest_words(plans: list[tuple[dict, dict]], ask) -> None:
     """
     items = [(seed, plan, i) for seed, plan in plans for i, (kind, _) in enumerate(plan["drawn"]) if kind in WORDED]
 
-    def taken(seed, plan, i):
-        others = [*(c for j, c in enumerate(plan["drawn"]) if j != i), *([plan["other"]] if plan["other"] else [])]
-        named = {str(v).casefold() for _, kwargs in others for value in kwargs.values() for v in as_list(value)}
+    def drawn_words(plan, i):
+        kind, kwargs = plan["drawn"][i]
+        return as_list(kwargs[WORDED[kind]])
+
+    def taken(item):
+        seed, plan, i = item
+        others = [c for c in [*plan["drawn"], plan["other"]] if c and c != plan["drawn"][i]]
+        named = {str(word).casefold() for _, kwargs in others for value in kwargs.values() for word in as_list(value)}
         return named | (set(tokens(seed["text"])) if "forbidden" in plan["drawn"][i][0] else set())
 
     def write(item):
         seed, plan, i = item
-        kind, kwargs = plan["drawn"][i]
-        return fill_prompt(
-            "evolve_words",
-            request=seed["text"],
-            rule=rewards.render(kind, kwargs, seed["language"], 0),
-            count=len(as_list(kwargs[WORDED[kind]])) + 2,
-            language=LANGUAGES[seed["language"]],
-            taken=", ".join(sorted(taken(*item))) or "(none)",
-        )
+        rule = rewards.render(*plan["drawn"][i], seed["language"], 0)
+        return fill_prompt("evolve_words", request=seed["text"], rule=rule, language=LANGUAGES[seed["language"]],
+                           count=len(drawn_words(plan, i)) + 2, taken=", ".join(sorted(taken(item))) or "(none)")
 
     def read(item, reply):
         seed, plan, i = item
-        kind, kwargs = plan["drawn"][i]
-        word = re.compile(r"[A-Za-z][A-Za-z'-]{1,24}" if seed["language"] == "en" else "[\u4e00-\u9fff]{1,6}")
-        offered = read_json(reply, "words")
-        used = taken(*item)
-        words = [w for w in as_list(offered) if isinstance(w, str) and word.fullmatch(w) and w.casefold() not in used]
-        words = list(dict.fromkeys(words))[: len(as_list(kwargs[WORDED[kind]]))]
-        return words if len(words) == len(as_list(kwargs[WORDED[kind]])) else None
+        form = re.compile(r"[A-Za-z][A-Za-z'-]{1,24}" if seed["language"] == "en" else "[\u4e00-\u9fff]{1,6}")
+        offered = [w for w in as_list(read_json(reply, "words")) if isinstance(w, str) and form.fullmatch(w)]
+        words = list(dict.fromkeys(word for word in offered if word.casefold() not in taken(item)))
+        count = len(drawn_words(plan, i))
+        return words[:count] if len(words) >= count else None
 
     for item, words in zip(items, ask("words", items, write, read, temperature=0.7), strict=True):
-        seed, plan, i = item
-        if words and not {w.casefold() for w in words} & taken(*item):  # another suggestion may have taken one
+        _, plan, i = item
+        if words and not {word.casefold() for word in words} & taken(item):  # an earlier suggestion may have taken one
             kind, kwargs = plan["drawn"][i]
-            field = WORDED[kind]
-            plan["drawn"][i] = (kind, kwargs | {field: words if isinstance(kwargs[field], list) else words[0]})
+            several = isinstance(kwargs[WORDED[kind]], list)
+            plan["drawn"][i] = (kind, kwargs | {WORDED[kind]: words if several else words[0]})
 
 
-def conditions_of(item: dict) -> list[dict]:
-    """The condition of a Selection and the one inside it, if there are any."""
+def conditions_of(item: dict) -> list:
+    """The condition of a Selection and the one inside it, as far as there are any."""
     outer = item.get("condition")
-    return [c for c in (outer, outer and outer.get("inner")) if c]
+    return [c for c in (outer, outer.get("inner") if isinstance(outer, dict) else None) if c]
+
+
+def has_texts(rows, count: int, *names: str) -> bool:
+    """A list of `count` objects whose fields `names` are texts?"""
+    return isinstance(rows, list) and len(rows) == count and all(
+        isinstance(row, dict) and all(filled(row.get(name)) for name in names) for row in rows)
 
 
 def judged_records(items: list[dict], ask, counts: Counter) -> list[dict]:
@@ -919,103 +944,67 @@ def judged_records(items: list[dict], ask, counts: Counter) -> list[dict]:
     into one instruction; a second look confirms that nothing was added or lost, or the merge is repeated, twice.
     """
 
+    def fill_in(name, item, **slots):
+        example, language = json.dumps(item["example"], ensure_ascii=False, indent=1), item["seed"]["language"]
+        return fill_prompt(name, request=item["seed"]["text"], example=example, language=LANGUAGES[language], **slots)
+
     def write_parts(item):
-        conditions = conditions_of(item["example"])
-        truth = " and the inner one ".join(str(c["holds"]).lower() for c in conditions)
-        form = '{"if": "…", "why": "…"' + (', "inner": {"if": "…", "why": "…"}' if len(conditions) > 1 else "") + "}"
-        rule = f"- In place of the example's condition write one on the new request, plainly {truth} of it, and why."
-        return fill_prompt(
-            "evolve_rewrite",
-            example=json.dumps(item["example"], ensure_ascii=False, indent=1),
-            request=item["seed"]["text"],
-            language=LANGUAGES[item["seed"]["language"]],
-            count=len(item["example"]["parts"]),
-            condition_rule=rule + "\n" if conditions else "",
-            condition_form=f', "condition": {form}' if conditions else "",
-        )
+        truths = [str(condition["holds"]).lower() for condition in conditions_of(item["example"])]
+        rule = (f"- In place of the example's condition write one on the new request, plainly "
+                f"{' and the inner one '.join(truths)} of it, and why.\n")
+        form = ', "condition": {"if": "…", "why": "…"' + (', "inner": {"if": "…", "why": "…"}}' if truths[1:] else "}")
+        return fill_in("evolve_rewrite", item, count=len(item["example"]["parts"]),
+                       condition_rule=rule if truths else "", condition_form=form if truths else "")
 
     def read_parts(item, reply):
-        example, parts, condition = item["example"], read_json(reply, "parts"), read_json(reply, "condition")
-        if not isinstance(parts, list) or len(parts) != len(example["parts"]):
+        example, parts = item["example"], read_json(reply, "parts")
+        meant, found = conditions_of(example), conditions_of({"condition": read_json(reply, "condition")})
+        if not has_texts(parts, len(example["parts"]), "text", "question"):
             return None
-        if not all(isinstance(p, dict) and filled(p.get("text")) and filled(p.get("question")) for p in parts):
+        if not has_texts(found, len(meant), "if", "why"):
             return None
-        constraints = [
-            {"kind": "judge", "question": part["question"], "text": part["text"], "dimension": model["dimension"],
-             "depends_on": model["depends_on"], "active": model["active"]}
-            for part, model in zip(parts, example["parts"], strict=True)
-        ]
-        if not conditions_of(example):
-            return {"constraints": constraints}
-        found = conditions_of({"condition": condition}) if isinstance(condition, dict) else []
-        if len(found) != len(conditions_of(example)) or not all(
-            isinstance(c, dict) and filled(c.get("if")) and filled(c.get("why")) for c in found
-        ):
-            return None
-        checked = [
-            {"if": c["if"], "holds": model["holds"], "why": c["why"]}
-            for c, model in zip(found, conditions_of(example), strict=True)
-        ]
-        return {"constraints": constraints, "condition": checked[0] | ({"inner": checked[1]} if checked[1:] else {})}
+        kept = [{name: part[name] for name in ("dimension", "depends_on", "active")} for part in example["parts"]]
+        new = [{"kind": "judge", "question": part["question"], "text": part["text"]} for part in parts]
+        made = {"constraints": [own | model for own, model in zip(new, kept, strict=True)]}
+        pairs = zip(found, meant, strict=True)
+        conditions = [{"if": own["if"], "holds": model["holds"], "why": own["why"]} for own, model in pairs]
+        inner = {"inner": conditions[1]} if conditions[1:] else {}
+        return made | ({"condition": conditions[0] | inner} if conditions else {})
 
     rewritten = ask("rewrite", items, write_parts, read_parts, temperature=0.7)
     counts["parts not rewritten"] += rewritten.count(None)
     items = [item | parts for item, parts in zip(items, rewritten, strict=True) if parts]
 
     asked = [(item, condition) for item in items for condition in conditions_of(item)]
-    found = ask(
-        "condition",
-        asked,
-        lambda pair: fill_prompt("evolve_condition", request=pair[0]["seed"]["text"], condition=pair[1]["if"]),
-        lambda pair, reply: read_word(reply, "true|false|unclear"),
-    )
-    wrong = {
-        item["seed"]["id"]
-        for (item, condition), truth in zip(asked, found, strict=True)
-        if truth != str(condition["holds"]).lower()
-    }
+    found = ask("condition", asked, lambda pair: fill_in("evolve_condition", pair[0], condition=pair[1]["if"]),
+                lambda pair, reply: read_word(reply, "true|false|unclear"))
+    wrong = {item["seed"]["id"] for (item, condition), truth in zip(asked, found, strict=True)
+             if truth != str(condition["holds"]).lower()}
     counts["condition not as meant"] += len(wrong)
     pending, merged = [item for item in items if item["seed"]["id"] not in wrong], {}
 
     def listed(item):
-        fields = ("text", "depends_on", "active")
-        parts = [{"number": i} | {name: c[name] for name in fields} for i, c in enumerate(item["constraints"])]
-        rows = [*parts, *([{"condition": item["condition"]}] if "condition" in item else [])]
+        shown = ("text", "depends_on", "active")
+        rows = [{"number": i} | {name: c[name] for name in shown} for i, c in enumerate(item["constraints"])]
+        rows += [{"condition": item["condition"]}] if "condition" in item else []
         return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-
-    def write_merge(item):
-        return fill_prompt(
-            "evolve_merge",
-            example=json.dumps(item["example"], ensure_ascii=False, indent=1),
-            request=item["seed"]["text"],
-            language=LANGUAGES[item["seed"]["language"]],
-            parts=listed(item),
-        )
-
-    def write_compare(pair):
-        item, instruction = pair
-        return fill_prompt(
-            "evolve_compare", request=item["seed"]["text"], parts=listed(item), instruction=instruction
-        )
 
     def read_instruction(item, reply):
         text = read_json(reply, "instruction")
         return text.strip() if filled(text) else None
 
     for turn in range(3):
-        texts = ask("merge", pending, write_merge, read_instruction, temperature=0.7, seed=turn)
+        texts = ask("merge", pending, lambda item: fill_in("evolve_merge", item, parts=listed(item)), read_instruction,
+                    temperature=0.7, seed=turn)
         pairs = [(item, text) for item, text in zip(pending, texts, strict=True) if text]
-        same = ask("compare", pairs, write_compare, lambda pair, reply: rewards.read_verdict(reply))
+        same = ask("compare", pairs, lambda pair: fill_in(
+            "evolve_compare", pair[0], parts=listed(pair[0]), instruction=pair[1]), read_yes)
         merged |= {item["seed"]["id"]: text for (item, text), yes in zip(pairs, same, strict=True) if yes}
         pending = [item for item in pending if item["seed"]["id"] not in merged]
     counts["parts lost or added in merging"] += len(pending)
     counts["kept"] += len(merged)
-    return [
-        as_record(item["seed"], item["composition"], merged[item["seed"]["id"]], item["constraints"],
-                  item.get("condition"))
-        for item in items
-        if item["seed"]["id"] in merged
-    ]
+    return [as_record(item["seed"], item["composition"], merged[item["seed"]["id"]], item["constraints"],
+                      item.get("condition")) for item in items if item["seed"]["id"] in merged]
 
 
 # ---------------------------------------------------------------- with a served model: expert answers
@@ -1046,17 +1035,16 @@ def add_experts(records: list[dict], ask, cfg: Config, counts: Counter) -> list[
         return [{"role": "system", "content": trigger}, *record["messages"]]
 
     def judge(items):
-        verdicts = ask("judge", items, lambda item: rewards.judge_prompt(*item),
-                       lambda item, reply: rewards.read_verdict(reply), role="judge")
+        verdicts = ask("judge", items, lambda item: rewards.judge_prompt(*item), read_yes, role="judge")
         return [verdict is True for verdict in verdicts]
 
     passing: dict[str, list[str]] = {record["id"]: [] for record in records}
     for turn in range(cfg.tries):
-        replies = ask("expert", records, write, read_expert, role="expert", temperature=cfg.expert_temperature,
-                      seed=turn)
+        heat = cfg.expert_temperature
+        replies = ask("expert", records, write, read_expert, role="expert", temperature=heat, seed=turn)
         for record, reply in zip(records, replies, strict=True):
             if reply and holds_code(record, reply[1]):
-                passing[record["id"]].append(f"<think>\n{reply[0]}\n</think>\n<answer>\n{reply[1]}\n</answer>")
+                passing[record["id"]].append(assistant_turn(*reply))
     for answers in passing.values():
         answers.sort(key=count_words)
     kept: dict[str, str] = {}
@@ -1100,16 +1088,16 @@ def quick_length(record, answer):
 
 def quick_undefined(record, answer):
     instruction = record["messages"][0]["content"]
-    slot = re.search(r"\{\w+\}|_{4,}|\b(lorem ipsum|insert (text|here))\b", instruction, re.I)
+    slot = re.search(r"\{\{\w+\}\}|\{(name|topic|text|input|keywords?)\}|[\[<]insert |lorem ipsum", instruction, re.I)
     return True if slot or count_words(instruction) < 3 else None
 
 
 def quick_contradiction(record, answer):
     active = [c for c in record["constraints"] if c["kind"] == "code" and c["active"]]
-    arguments = [c["kwargs"] for c in active]
-    wanted = {w for k in arguments for name in ("keywords", "keyword", "first", "second", "word", "first_word")
-              for w in as_list(k.get(name)) if w}
-    banned = {w for k in arguments for w in k.get("forbidden_words") or []}
+    names = ("keywords", "keyword", "first", "second", "word", "first_word")
+    wanted = {str(w).lower() for c in active for name in names for w in as_list(c["kwargs"].get(name))
+              if c["id"] != "keywords:any_of" and c["kwargs"].get("relation") not in ("less than", "at most")}
+    banned = {word.lower() for c in active for word in c["kwargs"].get("forbidden_words") or []}
     return True if wanted & banned or not rewards.compatible(c["id"] for c in active) else None
 
 
@@ -1132,64 +1120,51 @@ OF_THE_INSTRUCTION = ("undefined", "contradiction", "unsafe")  # these need no a
 
 
 def apply_filters(records: list[dict], ask, folder: Path, funnel) -> list[dict]:
+    """The records in which no filter finds its fault; each sees what the ones before it have left."""
+    answers = {r["id"]: rewards.parse_response(r.get("expert", "")).answer for r in records}
     for name, quick in FILTERS.items():
-        answers = {r["id"]: rewards.parse_response(r["expert"]).answer if "expert" in r else "" for r in records}
+
+        def write(record, name=name):
+            instruction, answer = record["messages"][0]["content"], answers[record["id"]] or "(none yet)"
+            return fill_prompt("filter", instruction=instruction, answer=answer, rubric=fill_prompt(f"filter_{name}"))
+
         judged = [r for r in records if answers[r["id"]] or name in OF_THE_INSTRUCTION]
-        verdicts = {r["id"]: quick(r, answers[r["id"]]) for r in judged}
-        open_cases = [r for r in judged if verdicts[r["id"]] is None]
-        replies = ask(
-            f"filter {name}",
-            open_cases,
-            lambda r, name=name, answers=answers: fill_prompt(
-                "filter", instruction=r["messages"][0]["content"], answer=answers[r["id"]] or "(none yet)",
-                rubric=fill_prompt(f"filter_{name}")),
-            lambda r, reply: read_word(reply, "true|false|na"),
-        )
-        verdicts |= {r["id"]: reply for r, reply in zip(open_cases, replies, strict=True)}
-        rows = [{"id": r["seed"], "verdict": verdicts.get(r["id"], "na"), "by": "model" if r in open_cases else "code"}
-                for r in records]
-        keep(folder, f"filter-{name}", rows)
-        counts, kept = funnel[f"filter: {name}"], []
-        for record in records:
-            verdict = verdicts.get(record["id"], "na")
-            reason = {True: "found by code", "true": "found by the model", None: "no verdict"}.get(verdict)
-            counts[reason or "kept"] += 1
-            kept += [] if reason else [record]
-        records = kept
+        verdicts = {r["id"]: "na" for r in records} | {r["id"]: quick(r, answers[r["id"]]) for r in judged}
+        unclear = [r for r in records if verdicts[r["id"]] is None]
+        replies = ask(f"filter {name}", unclear, write, lambda record, reply: read_word(reply, "true|false|na"))
+        verdicts |= {r["id"]: reply for r, reply in zip(unclear, replies, strict=True)}
+        keep(folder, f"filter-{name}", [{"id": r["seed"], "verdict": verdicts[r["id"]]} for r in records])
+        reasons = {True: "found by code", "true": "found by the model", None: "no verdict"}
+        funnel[f"filter: {name}"].update(reasons.get(verdicts[r["id"]], "kept") for r in records)
+        records = [r for r in records if verdicts[r["id"]] not in reasons]
     return records
 
 
 def evolve_served(seeds: list[dict], trained, ask, cfg: Config, folder: Path, funnel) -> list[dict]:
-    """One record per request with constraints, answers and filters of served models; held-out ones carry `ood`."""
-    exemplars, tried, thoughts = read_jsonl(data_dir / "exemplars.jsonl"), Counter(), read_thoughts()
-    by_form = defaultdict(list)
-    for exemplar in exemplars:
+    """One record per request with constraints, answers and filters of served models."""
+    tried, thoughts, by_form = Counter(), read_thoughts(), defaultdict(list)
+    for exemplar in read_jsonl(data_dir / "exemplars.jsonl"):
         by_form[exemplar["language"], exemplar["composition"]].append(exemplar)
     plans, soft, counts = [], [], funnel["constraints"]
     for seed in seeds:
-        rng = random.Random(f"{cfg.seed}/served/{seed['id']}")
+        rng, heldout = random.Random(f"{cfg.seed}/served/{seed['id']}"), is_heldout(seed["id"], cfg)
         composition = "and" if cfg.compositions == "and" else rng.choice(COMPOSITIONS)
         if rng.random() < cfg.judge_share:
             example = rng.choice(by_form[seed["language"], composition])
             soft.append({"seed": seed, "composition": composition, "example": example})
             continue
-        heldout = is_heldout(seed["id"], cfg)
         kinds = [*trained, *(OOD_KINDS if heldout else ())]
         plan = draw_plan(rng, seed, tried, cfg, heldout=heldout, kinds=kinds, first=(), composition=composition)
-        if plan:
-            plans.append((seed, plan))
-        else:
-            counts["no constraint fits"] += 1
+        counts["no constraint fits"] += plan is None
+        plans += [(seed, plan)] if plan else []
     suggest_words(plans, ask)
-    records = []
-    for seed, plan in plans:
-        rng = random.Random(f"{cfg.seed}/worded/{seed['id']}")
-        record = make_record(rng, seed, plan, thoughts, cfg, counts, expert=cfg.expert == "repair")
-        records += [record] if record else []
-    records += judged_records(soft, ask, counts)
+    repaired = cfg.expert == "repair"
+    made = [make_record(random.Random(f"{cfg.seed}/worded/{seed['id']}"), seed, plan, thoughts, cfg, counts, repaired)
+            for seed, plan in plans]
+    records = [record for record in made if record] + judged_records(soft, ask, counts)
     keep(folder, "constraints", [{k: v for k, v in r.items() if k != "expert"} for r in records])
-    if cfg.expert == "repair":  # code cannot edit a text towards a judge's yes: those stay without an answer
-        funnel["expert"]["kept"] += len(records)
+    if repaired:  # code cannot edit a text towards a judge's yes: those stay without an answer
+        funnel["expert"].update("kept" for _ in records)
         funnel["expert"]["kept without an answer"] += sum("expert" not in r for r in records)
     else:
         records = add_experts(records, ask, cfg, funnel["expert"])
@@ -1247,56 +1222,52 @@ def raif_records(sources: str, counts: Counter) -> list[dict]:
     A task "ifeval…" has code constraints, "complex…" judge questions, any other is math. An SFT answer becomes the
     expert of the RL row with the same request; left alone it gets one question about the whole instruction.
     """
-    rl, sft = [], {}
-    for source in sources.split(","):
-        for where, row in rows_of(source):
-            if {"input", "task", "target"} <= row.keys():
-                rl.append((where, row))
-            elif filled(row.get("question")) and filled(row.get("answer")):
-                opened = re.search(r"<think>\s*$", row["question"]) and "<think>" not in row["answer"]
-                sft[user_text(row["question"])] = "<think>" * bool(opened) + row["answer"]
-            else:
-                raise InputError(f"{where}: neither an RL row (input, task, target) nor an SFT row (question, answer)")
-    records = []
-    for where, row in [*rl, *(("", {"input": text, "task": "sft"}) for text in sft)]:
-        text = user_text(row["input"])
-        expert = sft.get(text)
-        if row["task"] == "sft" and any(text == record["messages"][0]["content"] for record in records):
-            continue
+    rows, experts, records = [], {}, []
+    for where, row in (pair for source in sources.split(",") for pair in rows_of(source)):
+        if {"input", "task", "target"} <= row.keys():
+            rows.append((where, row["task"], user_text(row["input"]), row["target"]))
+        elif filled(row.get("question")) and filled(row.get("answer")):
+            opened = re.search(r"<think>\s*$", row["question"]) and "<think>" not in row["answer"]
+            answer = "<think>" * bool(opened) + row["answer"]
+            parsed = rewards.parse_response(answer, "cold" if "<answer>" in answer else "warm")
+            turn = assistant_turn(parsed.think, parsed.answer) if parsed.format_ok else answer
+            experts[user_text(row["question"])] = (where, turn)
+        else:
+            raise InputError(f"{where}: neither an RL row (input, task, target) nor an SFT row (question, answer)")
+    known = {text for _, _, text, _ in rows}
+    whole = {"en": "Does the reply do all that is asked?", "zh": "回答是否满足了指令的全部要求？"}
+    rows += [(where, "sft", text, None) for text, (where, _) in experts.items() if text not in known]
+    for where, task, text, target in rows:
         language = language_of(text) or "en"
         record = {"id": f"raif-{len(records) + 1:06d}", "source": "raif", "task": "instruction", "language": language,
                   "messages": [{"role": "user", "content": text}]}
-        if expert:
-            parsed = rewards.parse_response(expert, "cold" if "<answer>" in expert else "warm")
-            record["expert"] = expert if not parsed.format_ok else (
-                f"<think>\n{parsed.think}\n</think>\n<answer>\n{parsed.answer}\n</answer>")
+        record |= {"expert": experts[text][1]} if text in experts else {}
         try:
-            if row["task"] == "sft":
-                whole = {"en": "Does the reply do all that is asked?", "zh": "回答是否满足了指令的全部要求？"}
-                questions = [whole[language]]
-            elif row["task"].startswith(("ifeval", "complex")):
-                target = json.loads(row["target"]) if isinstance(row["target"], str) else row["target"]
-                questions = target.get("scoring_questions", [])
-            else:
-                record |= {"task": "math", "answer": str(row["target"])}
-                questions = []
-            if record["task"] != "math":
-                record["constraints"] = [{"kind": "judge", "question": q, "text": q} for q in questions]
-            if row["task"].startswith("ifeval"):
-                for kind, kwargs in zip(target["instruction_id_list"], target["kwargs"], strict=True):
-                    kwargs = {name: value for name, value in (kwargs or {}).items() if value is not None}
-                    record["constraints"].append({"kind": "code", "id": kind, "kwargs": kwargs, "text": kind})
-        except (KeyError, ValueError, AttributeError) as error:
-            raise InputError(f"{where}: field 'target': not of the released form ({error!r}); see --help") from None
-        unknown = {c["id"] for c in record.get("constraints", []) if "id" in c} - set(rewards.CHECKS)
-        if unknown:
-            counts[f"unknown constraint {min(unknown)}"] += 1
-            continue
-        try:
+            if task == "sft":
+                target = {"scoring_questions": [whole[language]]}
+            elif not task.startswith(("ifeval", "complex")):
+                record |= {"task": "math", "answer": str(target)}
+            elif isinstance(target, str):
+                target = json.loads(target)
+            if task.startswith("ifeval"):
+                pairs = zip(target["instruction_id_list"], target["kwargs"], strict=True)
+                record["constraints"] = [
+                    {"kind": "code", "id": kind, "text": kind,
+                     "kwargs": {name: value for name, value in (kwargs or {}).items() if value is not None}}
+                    for kind, kwargs in pairs]
+            elif record["task"] == "instruction":
+                asked = target["scoring_questions"]
+                record["constraints"] = [{"kind": "judge", "question": text, "text": text} for text in asked]
+            unknown = {c["id"] for c in record.get("constraints", []) if "id" in c} - set(rewards.CHECKS)
+            if unknown:
+                counts[f"dropped: unknown constraint {min(unknown)}"] += 1
+                continue
             rewards.validate_record(record)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-        counts[f"kept: {row['task']}"] += 1
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{where}: field 'target': {error!r}; not of the released form") from None
+        counts[f"kept: {task}"] += 1
         records.append(record)
     return records
 
@@ -1473,11 +1444,6 @@ def main(argv=None):
         heldout = fill("held-out", heldout_seeds, 3, cfg.heldout, trained, (), cfg, funnel)
         ood = fill("ood", heldout_seeds, 2, cfg.ood, trained, OOD_KINDS, cfg, funnel)
         keep(folder, "records", train + heldout + ood)
-    found = len(hits)
-    train, heldout, ood = (drop_contaminated(rows, known, cfg, hits) for rows in (train, heldout, ood))
-    if known:
-        funnel["contamination"].update({"kept": len(train + heldout + ood), "in a benchmark": len(hits) - found})
-        write_jsonl(folder / "contaminated.jsonl", hits)
     if cfg.dry_run:
         return show_steps(folder, seeds)
     if not train or not heldout + ood:
@@ -1486,13 +1452,17 @@ def main(argv=None):
             "too few for a training and a held-out file; raise --limit or take a model that writes sentences"
         )
 
-    rng = random.Random(cfg.seed)
+    rng, listed = random.Random(cfg.seed), len(hits)
     train = rng.sample(train := mix_in_math(train, cfg, rng), len(train))
-    train = drop_contaminated(train, known, cfg, hits)  # math rows
     mixed = rng.sample(heldout + ood, len(heldout + ood))
+    train, mixed = (drop_contaminated(rows, known, cfg, hits) for rows in (train, mixed))
+    if known:
+        funnel["contamination"].update({"kept": len(train + mixed), "in a benchmark": len(hits) - listed})
+        write_jsonl(folder / "contaminated.jsonl", hits)
     write_records(folder / "train.jsonl", train, "ev")
     write_records(folder / "heldout.jsonl", mixed, "held")
     write_jsonl(folder / "metrics.jsonl", [{"step": i, "name": name, **funnel[name]} for i, name in enumerate(funnel)])
+    heldout, ood = ([record for record in mixed if record["ood"] is new] for new in (False, True))
     text = report(funnel, {"train": train, "held-out": heldout, "ood": ood}, spent, cfg)
     write_atomic(folder / "report.md", text)
     plot_lengths(folder / "lengths.png", [r for r in train + mixed if r["task"] == "instruction"])

@@ -342,7 +342,7 @@ def test_released_raif_files(tmp_path):
     assert parse_response(records[3]["expert"]).format_ok
     counts = evolve.Counter()
     evolve.raif_records(str(tmp_path / "rl.jsonl"), counts)
-    assert counts["unknown constraint odd:kind"] == 1
+    assert counts["dropped: unknown constraint odd:kind"] == 1
     rl[2]["target"] = "not JSON"
     with pytest.raises(InputError, match=":3: field 'target'"):
         evolve.raif_records(write(tmp_path / "bad.jsonl", rl), counts)
