@@ -332,29 +332,23 @@ def tag(seeds: list[dict], ask, counts: Counter) -> list[dict]:
             for seed in untagged
         ]
     tags = {seed["id"]: pair for seed, pair in zip(untagged, found, strict=True)}
-    tagged = []
-    for seed in seeds:
-        topic, ability = tags.get(seed["id"], (seed.get("topic", ""), seed.get("ability"))) or ("", None)
-        if ability:
-            tagged.append(seed if seed["id"] not in tags else seed | {"topic": topic, "ability": ability})
-        else:
-            counts["no tag" if ability is None else "other topic"] += 1
-    return tagged
+    counts["no tag"] += found.count(None)
+    counts["other topic"] += found.count(("", ""))
+    tagged = (seed | dict(zip(("topic", "ability"), tags.get(seed["id"], ()) or (), strict=False)) for seed in seeds)
+    return [seed for seed in tagged if seed.get("ability")]
 
 
 def choose(seeds: list[dict], ask, cfg: Config, counts: Counter) -> list[dict]:
     """--limit requests with tags, at most --ability-cap of each ability; tagged in parts, so that few are in vain."""
     chosen, per_ability, size = [], Counter(), min(512, max(16, 2 * cfg.limit)) if cfg.limit else 512
-    for start in range(0, len(seeds), size):
-        for seed in tag(seeds[start : start + size], ask, counts):
-            if cfg.limit and len(chosen) == cfg.limit:
-                break
-            if cfg.ability_cap and per_ability[seed["ability"]] == cfg.ability_cap:
-                counts["over the cap of its ability"] += 1
-                continue
-            per_ability[seed["ability"]] += 1
+    parts = (tag(seeds[start : start + size], ask, counts) for start in range(0, len(seeds), size))
+    for seed in (seed for part in parts for seed in part):
+        per_ability[seed["ability"]] += 1
+        if cfg.ability_cap and per_ability[seed["ability"]] > cfg.ability_cap:
+            counts["over the cap of its ability"] += 1
+        else:
             chosen.append(seed)
-        if cfg.limit and len(chosen) == cfg.limit:
+        if len(chosen) == cfg.limit:
             break
     counts["kept"] = len(chosen)
     return chosen
@@ -807,12 +801,8 @@ def make_ask(cfg: Config, folder: Path, cache: Path, spent: dict):
     calls.jsonl and adds to spent[step]. Finished replies are kept under `cache`: a killed run repeats none.
     """
     names = {"llm": (cfg.llm, cfg.llm_url), "expert": (cfg.expert, cfg.expert_url), "judge": (cfg.judge, cfg.judge_url)}
-    served = {
-        role: Endpoint(url or cfg.llm_url, name or cfg.llm, cache=cache, concurrency=cfg.concurrency, timeout=600.0,
-                       skip_refused=True)
-        for role, (name, url) in names.items()
-        if name != "repair"
-    }
+    settings = {"cache": cache, "concurrency": cfg.concurrency, "timeout": 600.0, "skip_refused": True}
+    served = {role: Endpoint(url or cfg.llm_url, name or cfg.llm, **settings) for role, (name, url) in names.items()}
     write_atomic(folder / "calls.jsonl", "")
 
     def ask(step, items, write, read, *, role="llm", temperature=0.0, seed=0) -> list:
@@ -823,12 +813,9 @@ def make_ask(cfg: Config, folder: Path, cache: Path, spent: dict):
         for attempt in range(ATTEMPTS):
             prompts = [write(items[i]) for i in pending]
             talks = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
-            replies = endpoint.chat(
-                talks,
-                max_tokens=cfg.max_tokens,
-                temperature=max(temperature, 0.7) if attempt else temperature,
-                seed=cfg.seed + seed + 1000 * attempt,
-            )
+            heat = max(temperature, 0.7) if attempt else temperature
+            replies = endpoint.chat(talks, max_tokens=cfg.max_tokens, temperature=heat,
+                                    seed=cfg.seed + seed + 1000 * attempt)
             with open(folder / "calls.jsonl", "a", encoding="utf-8") as log:
                 for i, talk, [reply] in zip(pending, talks, replies, strict=True):
                     values[i] = read(items[i], reply) if reply.finish_reason == "stop" else None
@@ -986,7 +973,7 @@ def judged_records(items: list[dict], ask, counts: Counter) -> list[dict]:
     def listed(item):
         shown = ("text", "depends_on", "active")
         rows = [{"number": i} | {name: c[name] for name in shown} for i, c in enumerate(item["constraints"])]
-        rows += [{"condition": item["condition"]}] if "condition" in item else []
+        rows += [{"condition": condition["if"]} for condition in conditions_of(item)]
         return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
 
     def read_instruction(item, reply):
@@ -1060,76 +1047,53 @@ def add_experts(records: list[dict], ask, cfg: Config, counts: Counter) -> list[
 
 
 # ---------------------------------------------------------------- with a served model: seven filters
-#
-# A quick check by code says True (the fault is there), False (it is not) or None: ask the model.
 
-
-def quick_language(record, answer):
-    ids = {c.get("id", "").split(":")[0] for c in record["constraints"] if c["active"]}
-    if ids & {"language", "change_case"}:
-        return None  # the instruction itself may ask for another language
-    words = tokens(answer)
-    share = sum("\u4e00" <= w <= "\u9fff" for w in words) / max(1, len(words))
-    if record["language"] == "zh":
-        return True if share < 0.2 else False if share > 0.9 else None
-    return True if share > 0.5 else False if share == 0 and rewards.detect_language(answer) == "en" else None
-
-
-def quick_leakage(record, answer):
-    told = any(c["kind"] == "judge" and c["question"] in answer for c in record["constraints"])
-    asked = any("repeat" in c.get("id", "") for c in record["constraints"])
-    mine, given = " ".join(tokens(answer)), " ".join(tokens(record["messages"][0]["content"]))
-    return True if told or (not asked and len(tokens(answer)) > 5 and mine in given) else None
-
-
-def quick_length(record, answer):
-    return True if not tokens(answer) or len(answer) > rewards.MAX_CHARS // 2 else None
-
-
-def quick_undefined(record, answer):
-    instruction = record["messages"][0]["content"]
-    slot = re.search(r"\{\{\w+\}\}|\{(name|topic|text|input|keywords?)\}|[\[<]insert |lorem ipsum", instruction, re.I)
-    return True if slot or count_words(instruction) < 3 else None
-
-
-def quick_contradiction(record, answer):
-    active = [c for c in record["constraints"] if c["kind"] == "code" and c["active"]]
-    names = ("keywords", "keyword", "first", "second", "word", "first_word")
-    wanted = {str(w).lower() for c in active for name in names for w in as_list(c["kwargs"].get(name))
-              if c["id"] != "keywords:any_of" and c["kwargs"].get("relation") not in ("less than", "at most")}
-    banned = {word.lower() for c in active for word in c["kwargs"].get("forbidden_words") or []}
-    return True if wanted & banned or not rewards.compatible(c["id"] for c in active) else None
-
-
-def quick_unsafe(record, answer):
-    terms = (data_dir / "unsafe.txt").read_text("utf-8").split("\n")
-    text = f"{record['messages'][0]['content']}\n{answer}".lower()
-    return True if any(re.search(rf"(?<![a-z]){re.escape(term)}", text) for term in terms if term) else None
-
-
-FILTERS = {  # name (prompts/filter_NAME.txt) -> quick check
-    "language": quick_language,
-    "leakage": quick_leakage,
-    "length": quick_length,
-    "hallucination": lambda record, answer: None,
-    "undefined": quick_undefined,
-    "contradiction": quick_contradiction,
-    "unsafe": quick_unsafe,
-}
+FILTERS = ("language", "leakage", "length", "hallucination", "undefined", "contradiction", "unsafe")
 OF_THE_INSTRUCTION = ("undefined", "contradiction", "unsafe")  # these need no answer
+_SLOT = re.compile(r"\{\{\w+\}\}|\{(name|topic|text|input|keywords?)\}|[\[<]insert |lorem ipsum", re.I)
+
+
+def quick_check(name: str, record: dict, answer: str) -> bool | None:
+    """Is the fault of a filter there? True or False where code can tell, None where the model has to be asked."""
+    instruction, words = record["messages"][0]["content"], tokens(answer)
+    active = [c for c in record["constraints"] if c["kind"] == "code" and c["active"]]
+    ids = {c["id"] for c in active}
+    if name == "language" and not any(i.startswith(("language", "change_case")) for i in ids):  # those ask for another
+        share = sum("\u4e00" <= word <= "\u9fff" for word in words) / max(1, len(words))
+        if record["language"] == "zh":
+            return True if share < 0.2 else False if share > 0.9 else None
+        return True if share > 0.5 else False if share == 0 and rewards.detect_language(answer) == "en" else None
+    found = {"length": not words or len(answer) > rewards.MAX_CHARS // 2}
+    if name == "leakage":
+        copied = len(words) > 5 and " ".join(words) in " ".join(tokens(instruction))
+        found[name] = (copied and "combination:repeat_prompt" not in ids) or any(
+            c["kind"] == "judge" and c["question"] in answer for c in record["constraints"])
+    if name == "undefined":
+        found[name] = _SLOT.search(instruction) or count_words(instruction) < 3
+    if name == "contradiction":
+        fields = ("keywords", "keyword", "first", "second", "word", "first_word")
+        wanted = {str(word).lower() for c in active for field in fields for word in as_list(c["kwargs"].get(field))
+                  if c["id"] != "keywords:any_of" and c["kwargs"].get("relation") not in ("less than", "at most")}
+        banned = {word.lower() for c in active for word in c["kwargs"].get("forbidden_words") or []}
+        found[name] = wanted & banned or not rewards.compatible(ids) or len(ids) < len(active)
+    if name == "unsafe":
+        terms = filter(None, (data_dir / "unsafe.txt").read_text("utf-8").split("\n"))
+        found[name] = any(re.search(rf"(?<![a-z]){re.escape(t)}", f"{instruction}\n{answer}".lower()) for t in terms)
+    return True if found.get(name) else None
 
 
 def apply_filters(records: list[dict], ask, folder: Path, funnel) -> list[dict]:
     """The records in which no filter finds its fault; each sees what the ones before it have left."""
     answers = {r["id"]: rewards.parse_response(r.get("expert", "")).answer for r in records}
-    for name, quick in FILTERS.items():
+    for name in FILTERS:
 
         def write(record, name=name):
             instruction, answer = record["messages"][0]["content"], answers[record["id"]] or "(none yet)"
             return fill_prompt("filter", instruction=instruction, answer=answer, rubric=fill_prompt(f"filter_{name}"))
 
         judged = [r for r in records if answers[r["id"]] or name in OF_THE_INSTRUCTION]
-        verdicts = {r["id"]: "na" for r in records} | {r["id"]: quick(r, answers[r["id"]]) for r in judged}
+        verdicts = dict.fromkeys((r["id"] for r in records), "na")
+        verdicts |= {r["id"]: quick_check(name, r, answers[r["id"]]) for r in judged}
         unclear = [r for r in records if verdicts[r["id"]] is None]
         replies = ask(f"filter {name}", unclear, write, lambda record, reply: read_word(reply, "true|false|na"))
         verdicts |= {r["id"]: reply for r, reply in zip(unclear, replies, strict=True)}

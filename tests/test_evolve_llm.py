@@ -55,7 +55,7 @@ def script(messages, folder):
         return re.search(r"it is (true|false) at", prompt)[1].capitalize() + ".", ""
     if prompt.startswith("Turn a request"):
         parts = [json.loads(line) for line in prompt.split("The new parts:\n")[1].split("\n\nKeep")[0].split("\n")]
-        texts = [p["text"] if "text" in p else f"It matters whether {p['condition']['if']}." for p in parts]
+        texts = [p["text"] if "text" in p else f"It matters whether {p['condition']}." for p in parts]
         return json.dumps({"instruction": " ".join([quoted[0], *texts])}), ""
     if prompt.startswith("Compare a list"):
         return "yes", ""
@@ -132,7 +132,7 @@ def server():
     httpd.shutdown()
 
 
-def flags(server, folder, limit=24):
+def flags(server, folder, limit=16):
     Scripted.folder = folder
     return ["--llm", "toy", "--llm-url", server, "--out", str(folder), "--limit", str(limit), "--compositions", "all",
             "--language", "both", "--kinds", "ifeval", "--heldout-share", "0.3"]
@@ -145,7 +145,7 @@ def test_all_steps_with_faults_give_the_same_files_and_a_second_run_asks_nothing
     evolve.main(flags(server, tmp_path / "calm") + ["--price-in", "1", "--price-out", "2"])
     calm = [(tmp_path / "calm" / name).read_bytes() for name in NAMES]
     records = [r for name in NAMES for r in read_records(tmp_path / "calm" / name) if r["task"] == "instruction"]
-    assert len(records) >= 18
+    assert len(records) >= 12
     assert {c["kind"] for r in records for c in r["constraints"]} == {"code", "judge"}
     assert len({r["composition"] for r in records}) >= 3 and {r["language"] for r in records} == {"en", "zh"}
     scores = score(records, [r["expert"] for r in records], judge=lambda items: [True] * len(items))
@@ -171,7 +171,7 @@ def test_all_steps_with_faults_give_the_same_files_and_a_second_run_asks_nothing
 
 
 def test_a_killed_run_goes_on_where_it_was(server, tmp_path):
-    command = [sys.executable, str(ROOT / "evolve.py"), *flags(server, tmp_path / "killed", 12)]
+    command = [sys.executable, str(ROOT / "evolve.py"), *flags(server, tmp_path / "killed", 8)]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         Scripted.victim = (process, 80)
@@ -179,10 +179,10 @@ def test_a_killed_run_goes_on_where_it_was(server, tmp_path):
     stored = [json.loads(path.read_text("utf-8"))["request"] for path in (tmp_path / "killed/calls").rglob("*.json")]
     assert len(stored) > 40
     Scripted.served, Scripted.victim = Counter(), None
-    evolve.main(flags(server, tmp_path / "killed", 12))
+    evolve.main(flags(server, tmp_path / "killed", 8))
     again = [json.loads(body) for body in Scripted.served]
     assert again and not [request for request in stored if request in again]
-    evolve.main(flags(server, tmp_path / "whole", 12))
+    evolve.main(flags(server, tmp_path / "whole", 8))
     for name in NAMES:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -372,9 +372,10 @@ def test_each_filter_drops_its_fault_by_code_or_by_the_model(name, tmp_path):
 
 def test_sets_in_the_conflict_table_are_contradictions():
     pair = [code("change_case:english_capital"), code("change_case:english_lowercase")]
-    assert evolve.quick_contradiction({"constraints": pair, "messages": []}, "") is True
+    record = planted("Tell me about tea.", "Tea.", pair)
+    assert evolve.quick_check("contradiction", record, "Tea.") is True
     pair[1]["active"] = False  # another branch
-    assert evolve.quick_contradiction({"constraints": pair, "messages": []}, "") is None
+    assert evolve.quick_check("contradiction", record, "Tea.") is None
 
 
 def test_dry_run_shows_five_records_through_all_steps(server, tmp_path, capsys):
