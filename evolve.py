@@ -23,6 +23,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Literal
@@ -78,6 +79,7 @@ class Config:
     seeds: str = ""  # requests: own, record, Alpaca or WildChat rows (JSONL, JSON, Parquet) or a hub data set's name
     kinds: Literal["laptop", "ifeval", "all"] = "laptop"  # kinds trained on: eight of the 25 of IFEval, those, or all
     language: Literal["en", "zh", "both"] = "en"  # language of the requests
+    rows: int = 0  # read only the first so many rows of --seeds, for data sets of the hub; 0 = all
     seed_words: int = 300  # longest request, in words (1.6 characters a word in Chinese); the shortest has 3
     ability_cap: int = 0  # most requests of one ability; 0 = no cap
     benchmark_dir: str = ""  # folder of benchmark files; requests and records that overlap with them are dropped
@@ -200,7 +202,7 @@ def read_seeds(cfg: Config, counts: Counter | None = None) -> list[dict]:
     forms = [data_dir / "seeds_forms.jsonl"] if cfg.kinds == "all" else []  # drafts with lists, digits, questions …
     seeds, first_seen = [], {}
     for source in [cfg.seeds] if cfg.seeds else files[cfg.language] + forms:
-        for where, row in rows_of(str(source)):
+        for where, row in islice(rows_of(str(source)), cfg.rows or None):
             if "text" not in row and row.keys() & set(_OTHER_FORMS):
                 try:
                     text = request_of(row)

@@ -261,6 +261,20 @@ def test_requests_of_other_forms(tmp_path):
     assert len(evolve.read_seeds(evolve.Config(seeds=str(tmp_path / "list.json")))) == 2
 
 
+def test_a_data_set_of_the_hub_is_streamed(monkeypatch):
+    def load_dataset(name, *, split, streaming):
+        if name != "someone/chats":
+            raise ConnectionError("not found")
+        assert split == "train" and streaming
+        return ({"conversation": [{"role": "user", "content": f"What is the name of star {i}?"}]} for i in range(10**9))
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    seeds = evolve.read_seeds(evolve.Config(seeds="someone/chats", rows=3))
+    assert [seed["id"] for seed in seeds] == ["chats-1", "chats-2", "chats-3"]
+    with pytest.raises(InputError, match="neither a file nor a data set"):
+        evolve.read_seeds(evolve.Config(seeds="someone/else"))
+
+
 def test_tags_by_keyword_and_cap_per_ability():
     texts = ["Write a poem about rain.", "Translate this line.", "A poem on tea, please.", "Zzz qqq vvv."]
     seeds = [{"id": str(i), "language": "en", "text": text} for i, text in enumerate(texts)]
