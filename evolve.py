@@ -323,7 +323,7 @@ def tag(seeds: list[dict], ask, counts: Counter) -> list[dict]:
         shown = "\n".join(f"- {topic}: {', '.join(abilities)}" for topic, abilities in topics.items())
 
         def read(seed, reply):
-            topic, ability = read_json(reply, "topic"), read_json(reply, "ability")
+            topic, ability = str(read_json(reply, "topic")), read_json(reply, "ability")
             return (topic, str(ability)) if topic in topics else ("", "") if topic == "other" else None
 
         found = ask("tag", untagged, lambda s: fill_prompt("evolve_tag", abilities=shown, request=s["text"]), read)
@@ -787,7 +787,7 @@ def fill(split: str, seeds, rounds: int, target: int | None, kinds, first, cfg: 
 
 # ---------------------------------------------------------------- with a served model: calls, log, tokens
 
-ATTEMPTS = 5  # unreadable replies to one question before it counts as unanswered
+ATTEMPTS = 5  # unusable replies to one question before it counts as unanswered
 
 
 def fill_prompt(name: str, **slots) -> str:
@@ -799,7 +799,7 @@ def make_ask(cfg: Config, folder: Path, cache: Path, spent: dict):
     """ask(step, items, write, read): one value per item, the only way to a served model.
 
     write(item) is the prompt (a text or messages); read(item, reply) the value, or None for a reply that cannot be
-    used, which is asked for again with another seed. The value stays None after ATTEMPTS. Every reply is a line of
+    used, which is asked for again with another seed. The value stays None after `attempts`. Every reply is a line of
     calls.jsonl and adds to spent[step]. Finished replies are kept under `cache`: a killed run repeats none.
     """
     names = {"llm": (cfg.llm, cfg.llm_url), "expert": (cfg.expert, cfg.expert_url), "judge": (cfg.judge, cfg.judge_url)}
@@ -807,12 +807,12 @@ def make_ask(cfg: Config, folder: Path, cache: Path, spent: dict):
     served = {role: Endpoint(url or cfg.llm_url, name or cfg.llm, **settings) for role, (name, url) in names.items()}
     write_atomic(folder / "calls.jsonl", "")
 
-    def ask(step, items, write, read, *, role="llm", temperature=0.0, seed=0) -> list:
+    def ask(step, items, write, read, *, role="llm", temperature=0.0, seed=0, attempts=ATTEMPTS) -> list:
         if not items:
             return []
         endpoint, values, pending = served[role], [None] * len(items), list(range(len(items)))
         endpoint.progress, before = step, dict(endpoint.tokens)
-        for attempt in range(ATTEMPTS):
+        for attempt in range(attempts):
             prompts = [write(items[i]) for i in pending]
             talks = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
             heat = max(temperature, 0.7) if attempt else temperature
@@ -1029,8 +1029,8 @@ def add_experts(records: list[dict], ask, cfg: Config, counts: Counter) -> list[
 
     passing: dict[str, list[str]] = {record["id"]: [] for record in records}
     for turn in range(cfg.tries):
-        heat = cfg.expert_temperature
-        replies = ask("expert", records, write, read_expert, role="expert", temperature=heat, seed=turn)
+        replies = ask("expert", records, write, read_expert, role="expert", temperature=cfg.expert_temperature,
+                      seed=turn, attempts=2)  # long replies: those that run over the limit would again
         for record, reply in zip(records, replies, strict=True):
             if reply and holds_code(record, reply[1]):
                 passing[record["id"]].append(assistant_turn(*reply))

@@ -189,7 +189,7 @@ def test_a_killed_run_goes_on_where_it_was(server, tmp_path):
 
 def asks(answer):
     """An `ask` whose replies come from answer(step, prompt, turn): a text, or None for an unusable one."""
-    def ask(step, items, write, read, *, role="llm", temperature=0.0, seed=0):
+    def ask(step, items, write, read, *, role="llm", temperature=0.0, seed=0, attempts=5):
         found = []
         for item in items:
             prompt = write(item)
