@@ -697,19 +697,12 @@ def assistant_turn(thought: str, answer: str) -> str:
 
 
 def as_record(seed, composition: str, instruction: str, constraints, condition=None, expert: str | None = None) -> dict:
-    return {
-        "id": seed["id"],
-        "source": "evolve",
-        "task": "instruction",
-        "language": seed["language"],
-        "messages": [{"role": "user", "content": instruction}],
-        "constraints": constraints,
-        "composition": composition,
-        **({"condition": condition} if condition else {}),
-        **({"expert": expert} if expert else {}),
-        "seed": seed["id"],
-        "topic": seed.get("topic", ""),
-    }
+    record = {"id": seed["id"], "source": "evolve", "task": "instruction", "language": seed["language"],
+              "messages": [{"role": "user", "content": instruction}], "constraints": constraints,
+              "composition": composition}
+    record |= {"condition": condition} if condition else {}  # what decides between the branches: if, holds, why
+    record |= {"expert": expert} if expert else {}
+    return record | {"seed": seed["id"], "topic": seed.get("topic", "")}
 
 
 def make_record(rng, seed, plan: dict, thoughts, cfg: Config, counts: Counter, expert=True) -> dict | None:
@@ -732,9 +725,8 @@ def make_record(rng, seed, plan: dict, thoughts, cfg: Config, counts: Counter, e
     for kind, kwargs in asked:
         variant = rng.choice(variants(kind, language, plan["heldout"], composition != "and"))
         text = rewards.render(kind, kwargs, language, variant)
-        constraints.append(
-            {"kind": "code", "id": kind, "kwargs": kwargs, "text": text, "depends_on": [], "active": True}
-        )
+        entry = {"kind": "code", "id": kind, "kwargs": kwargs, "text": text, "depends_on": [], "active": True}
+        constraints.append(entry)
     thought = compose_thought(rng, seed, drawn, thoughts, plan["condition"]) if expert else ""
     if composition == "and":
         instruction = merge(rng, seed, [c["text"] for c in constraints])
@@ -940,7 +932,7 @@ def judged_records(items: list[dict], ask, counts: Counter) -> list[dict]:
     def write_parts(item):
         truths = [str(condition["holds"]).lower() for condition in conditions_of(item["example"])]
         rule = (f"- In place of the example's condition write one on the new request, plainly "
-                f"{' and the inner one '.join(truths)} of it, and why.\n")
+                f"{' and the inner one '.join(truths)} of it for everyone who reads the request alone, and why.\n")
         form = ', "condition": {"if": "…", "why": "…"' + (', "inner": {"if": "…", "why": "…"}}' if truths[1:] else "}")
         return fill_in("evolve_rewrite", item, count=len(item["example"]["parts"]),
                        condition_rule=rule if truths else "", condition_form=form if truths else "")

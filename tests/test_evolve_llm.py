@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 
 import evolve
-from rewards import InputError, parse_response, read_records, score
+from rewards import InputError, parse_response, read_records, score, validate_record
 
 PLAIN = "First, put the kettle on and look out. The garden is quiet, and the day is long. Then sit down with a cup."
 PLAIN_ZH = "先把水烧开，看看窗外。花园里很安静，白天很长。然后坐下来，慢慢喝一杯茶。"
@@ -401,3 +401,22 @@ def test_repaired_drafts_as_experts_need_no_expert_model(server, tmp_path):
 def test_flags_that_need_each_other(given, tmp_path):
     with pytest.raises(InputError, match="--llm"):
         evolve.main([*given, "--out", str(tmp_path)])
+
+
+def test_the_exemplar_pool():
+    rows = evolve.read_jsonl(evolve.data_dir / "exemplars.jsonl")
+    assert len({row["id"] for row in rows}) == len({row["instruction"] for row in rows}) == len(rows) >= 60
+    forms = Counter((row["language"], row["composition"]) for row in rows)
+    assert len(forms) == 8 and min(forms.values()) >= 6
+    assert {part["dimension"] for row in rows for part in row["parts"]} == set(
+        "content numerical stylistic format linguistic situation example inverse contradictory rule".split())
+    for row in rows:
+        record = evolve.as_record({"id": row["id"], "language": row["language"]}, row["composition"],
+                                  row["instruction"], [{"kind": "judge"} | part for part in row["parts"]])
+        validate_record(record)
+        inactive = any(not part["active"] for part in row["parts"])
+        assert inactive == (row.get("condition") is not None)
+        assert inactive or row["composition"] in ("and", "chain", "nested")
+        chained = any(part["depends_on"] for part in row["parts"])
+        assert chained or row["composition"] in ("and", "selection", "nested")
+        assert (row["composition"] != "nested") or (inactive and chained) or evolve.conditions_of(row)[1:]
