@@ -5,7 +5,7 @@
     python evolve.py --limit 40 --out /tmp/e   a quick look; --dry-run 5 prints what each step makes of five requests
     python evolve.py --kinds all --language both --compositions all     all 64 kinds; And, Chain, Selection, Nested
     python evolve.py --llm Qwen/Qwen2.5-72B-Instruct --llm-url http://localhost:8000/v1 --seeds allenai/WildChat \\
-        --language both --compositions all --limit 10000 --benchmark-dir benchmarks    any OpenAI-compatible server
+        --language both --kinds ifeval --compositions all --limit 10000 --benchmark-dir benchmarks
 
 One step after the other: seeds -> drafts -> compatible constraints with arguments that fit the draft -> one natural
 instruction -> expert answer -> checks -> train and held-out files. The offline expert is *draft and repair*: the local
@@ -13,7 +13,7 @@ model answers the plain request, each constraint's `repair` edits that draft unt
 that works through the constraints is put in front. With a served model (--llm) half of the requests get constraints
 that a judge verifies, rewritten from data/exemplars.jsonl; experts are sampled, and seven filters follow. What fails
 is dropped and counted, never kept. Held-out records have other requests and other wordings than training; some have
-kinds never trained on (OOD). Prompts are data/prompts/, own wording; this order is that of the paper's section 3.1.
+kinds never trained on (OOD). The prompts are files in data/prompts/.
 """
 
 import hashlib

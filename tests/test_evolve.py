@@ -221,6 +221,13 @@ def test_every_active_constraint_holds_and_branches_are_what_the_condition_says(
     assert len(seen) == 4
 
 
+def test_up_to_five_constraints(run_evolve):
+    weights = [flag for n, weight in enumerate("00011", 1) for flag in (f"--weight-{n}", weight)]
+    folder = run_evolve("five", "--language", "zh", "--kinds", "all", *weights, "--heldout", "10", "--ood", "0")
+    sizes = [len(r["constraints"]) for r in read_records(folder / "train.jsonl") if r["task"] == "instruction"]
+    assert max(sizes) == 5 and sizes.count(4) + sizes.count(5) > len(sizes) / 2
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     return str(path)
