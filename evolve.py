@@ -148,11 +148,12 @@ def rows_of(source: str):
         except ValueError as error:
             raise InputError(f"{path}: is not Parquet ({error}); give a whole file") from None
         rows = (row for batch in batches for row in batch.to_pylist())
-    elif path.suffix == ".json" and path.exists() and path.read_text("utf-8-sig").lstrip()[:1] == "[":
+    elif path.suffix == ".json" and path.exists():
         try:
-            rows = json.loads(path.read_text("utf-8-sig"))
-        except ValueError as error:
-            raise InputError(f"{path}: is not JSON ({error}); write a list of objects") from None
+            value = json.loads(path.read_text("utf-8-sig"))
+        except ValueError:  # not one value: one object a line
+            value = [row for _, row in rewards.json_lines(path)]
+        rows = value if isinstance(value, list) else [value]
     else:
         rows = (row for _, row in rewards.json_lines(path))
     for number, row in enumerate(rows, 1):
@@ -939,7 +940,8 @@ def judged_records(items: list[dict], ask, counts: Counter) -> list[dict]:
 
     def read_parts(item, reply):
         example, parts = item["example"], read_json(reply, "parts")
-        meant, found = conditions_of(example), conditions_of({"condition": read_json(reply, "condition")})
+        meant = conditions_of(example)
+        found = conditions_of({"condition": read_json(reply, "condition")})[: len(meant)]
         if not has_texts(parts, len(example["parts"]), "text", "question"):
             return None
         if not has_texts(found, len(meant), "if", "why"):

@@ -268,6 +268,23 @@ def test_requests_of_other_forms(tmp_path):
     assert len(evolve.read_seeds(evolve.Config(seeds=str(tmp_path / "list.json")))) == 2
 
 
+@pytest.mark.parametrize("name, content, message", [
+    ("rows.jsonl", '{"prompt": "What is a comet?"}\n[1]', ":2: not a JSON object"),
+    ("rows.jsonl", '{"conversation": [{"role": "assistant", "content": "Hello."}]}', ":1: no text"),
+    ("rows.jsonl", '{"conversation": ["Hello."]}', ":1: no text"),
+    ("rows.jsonl", '{"instruction": 3, "input": "x"}', ":1: no text"),
+    ("rows.json", '[{"prompt": "What is a comet?"}', ":1: is not JSON"),
+    ("rows.parquet", "PAR1", "is not Parquet"),
+    ("missing.parquet", None, "cannot be read"),
+])
+def test_bad_rows_of_other_forms_are_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        evolve.read_seeds(evolve.Config(seeds=str(path)))
+
+
 def test_a_data_set_of_the_hub_is_streamed(monkeypatch):
     def load_dataset(name, *, split, streaming):
         if name != "someone/chats":
