@@ -686,7 +686,8 @@ def draw_plan(rng, seed, tried: Counter, cfg: Config, *, heldout, kinds, first, 
     plan = {"drawn": drawn, "heldout": heldout, "composition": composition, "condition": None, "other": None}
     if drawn and composition in ("selection", "nested"):
         plan["condition"] = draw_condition(rng, seed)
-        unused = [kind for kind in kinds if kind not in dict(drawn)]
+        common = sorted(dict(drawn), key=lambda kind: CONSTRAINTS[kind].order)[:-1]  # holds in both branches
+        unused = [kind for kind in kinds if kind not in dict(drawn) and rewards.compatible([kind, *common])]
         fitting = ((kind, draw_kwargs(rng, kind, seed, 1.0)) for kind in rng.sample(unused, len(unused)))
         plan["other"] = next(((kind, kwargs) for kind, kwargs in fitting if kwargs is not None), None)
         drawn = drawn if plan["other"] else []

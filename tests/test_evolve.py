@@ -7,7 +7,7 @@ import pytest
 
 import evolve
 from model import read_jsonl
-from rewards import CONSTRAINTS, InputError, check, parse_response, read_records, render, score
+from rewards import CONSTRAINTS, InputError, check, compatible, parse_response, read_records, render, score
 
 OPENINGS = [
     "A calm morning is the best time to begin with this.",
@@ -213,6 +213,7 @@ def test_every_active_constraint_holds_and_branches_are_what_the_condition_says(
             assert condition["holds"] == ("," in request or "，" in request)
         assert condition["if"] in prompt and condition["why"] in record["expert"]
         off = [i for i, c in enumerate(first) if not c["active"]]
+        assert compatible([c["id"] for c in first[:-3]] + [first[off[0]]["id"]])
         assert len(off) == 1 and off[0] >= len(first) - (3 if record["composition"] == "nested" else 2)
         assert (off[0] == len(first) - 1) == condition["holds"]  # the branch after "otherwise" comes last
         if record["composition"] == "nested":
