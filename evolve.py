@@ -28,7 +28,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Literal
 
-from rensa import RMinHash, RMinHashLSH
 from tqdm import tqdm
 
 import rewards
@@ -256,6 +255,8 @@ def drop_duplicates(seeds: list[dict], funnel, threshold=0.5) -> list[dict]:
 
     MinHash proposes the pairs (20 bands of 3: 93 % of those at the threshold, all far above it), the sets decide.
     """
+    from rensa import RMinHash, RMinHashLSH
+
     kept, index = [], RMinHashLSH(threshold=threshold, num_perm=60, num_bands=20)
     for seed in seeds:
         own = shingles(seed["text"])
