@@ -449,7 +449,7 @@ def test_a_run_without_any_difference_in_reward_says_so(tiny, toy_data, tmp_path
     """The random model never finds the format: every group is flat."""
     flags = ["--model", tiny, "--records", toy_data, "--steps", 10, *FAST, "--keep", 2, "--save-every", 4]
     result = run_stage("grpo.py", *flags, "--out", tmp_path / "run")
-    assert "nothing is learned" in result.stderr and "plan for each of 1 process" in result.stderr
+    assert "nothing is learned" in result.stdout and "plan for each of 1 process" in result.stderr
     assert [f.name for f in sorted((tmp_path / "run" / "checkpoint").iterdir())] == ["step-000008.pt", "step-000010.pt"]
     m.load_model(str(tmp_path / "run" / "best"))
 
