@@ -16,7 +16,8 @@ def test_loss_and_gradient_equal_those_of_trl(loss, tiny, tmp_path, monkeypatch)
 
     model, tokenizer = m.load_model(str(tiny))
     settings = GRPOConfig(str(tmp_path), per_device_train_batch_size=6, num_generations=6, beta=0.3, epsilon=0.2,
-                          epsilon_high=0.3, loss_type=loss, max_completion_length=9, use_cpu=True, report_to=[])
+                          epsilon_high=0.3, loss_type=loss, max_completion_length=9, use_cpu=True, report_to=[],
+                          use_bias_correction_kl=False)  # TRL's default multiplies the KL by the ratio
     trainer = GRPOTrainer(model, lambda completions, **_: [0.0] * len(completions), settings,
                           Dataset.from_list([{"prompt": "tea"}] * 6), processing_class=tokenizer)
     trainer.model.eval()  # no division by accumulation steps
