@@ -83,7 +83,8 @@ def trl_trainer(model, tokenizer, texts, mixed, on_step, steps, folder):
         folder, per_device_train_batch_size=8, gradient_accumulation_steps=P * G // 8, num_generations=G,
         max_completion_length=T, generation_kwargs={"min_new_tokens": T}, beta=0.001, loss_type="grpo", max_steps=steps,
         learning_rate=1e-6, use_cpu=True, bf16=m.compute_dtype("auto") == torch.bfloat16, shuffle_dataset=False,
-        use_bias_correction_kl=False, report_to=[], save_strategy="no", logging_steps=1000, gradient_checkpointing=False, disable_tqdm=True)
+        use_bias_correction_kl=False,  # TRL's default multiplies the KL by the ratio
+        report_to=[], save_strategy="no", logging_steps=1000, gradient_checkpointing=False, disable_tqdm=True)
     trainer = GRPOTrainer(model, lambda completions, **_: [float(i % 2) for i in range(len(completions))], settings,
                           Dataset.from_list([{"prompt": text} for text in texts] * steps), processing_class=tokenizer,
                           callbacks=[Clock()])
