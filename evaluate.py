@@ -13,11 +13,17 @@ on where it stopped: the same command again.
 Suffixes: N prompts, K columns (statistics of rows, differences), R bootstrap resamples, B sequences, T tokens.
 """
 
+import ast
 import hashlib
 import html
 import json
 import math
+import re
+import string
+import sys
 import time
+import typing
+from collections import Counter
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -75,6 +81,11 @@ class Config:
     engine: str = "hf"  # rollout engine: hf or vllm
     precision: str = "auto"  # auto, bf16 or fp32
     perplexity_items: int = 64  # answers per row whose perplexity under the base model is measured (0 = none)
+    score: str = ""  # score recorded answers, without a model: ifeval, cello, cfbench, complexbench, fb-bench, ...
+    benchmark_dir: str = ""  # folder that holds ifeval/, cello/ and so on, the authors' own files
+    responses: str = ""  # with --score: JSONL of {"id": ..., "response": text or null}
+    judgements: str = ""  # with --score: JSONL of {"id": ..., "question": number or null, "reply": a judge's raw text}
+    protocol: str = "official"  # official, raif (official with the headline of RAIF's Table 1) or corrected
     resamples: int = 10000  # bootstrap resamples
     seed: int = 0  # seed of the bootstrap
 
@@ -190,6 +201,982 @@ def judge_agreement(judge, path, limit=0):
               "recall": ratio(both, label_N.sum()), "kappa": ratio(agreed - chance, 1 - chance), "n": len(rows),
               "labelled_yes": int(label_N.sum()), "judged_yes": int(verdict_N.sum()), "unreadable": judge.unreadable}
     return report, [{**row, "verdict": bool(verdict)} for row, verdict in zip(rows, verdict_N, strict=True)]
+
+
+# ---------------------------------------------------------------- the seven benchmarks: their files
+#
+# Each benchmark is three functions: `load` reads the authors' own files into items, `verdict` judges one answer from
+# the raw judge replies, `aggregate` turns the verdicts into the published metrics. An item has id, messages (what the
+# model sees), language, group (resampled together), questions (what a judge is asked: [] nothing, [None] once,
+# [0, 1, ...] once each) and row (the authors' record).
+
+
+def checked(path, number, row, **kinds):
+    """`row` if it is an object with these fields of these types, else InputError `file:number: field ...`."""
+    for name, kind in kinds.items():
+        if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise InputError(f"{path}:{number}: field {name!r}: missing or of another type; this benchmark's file has "
+                             f"{names} there (--prepare downloads the files)")
+    return row
+
+
+def json_rows(path, **kinds):
+    """(position from 1, row) of a file that is one JSON list; NaN is allowed, as in CELLO's files."""
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); --benchmark-dir is the folder that holds "
+                         "ifeval/, cello/ and so on; --prepare downloads the files") from None
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON ({error}); --prepare downloads the file anew") from None
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: holds no list; --prepare downloads the file anew")
+    return [(number, checked(path, number, row, **kinds)) for number, row in enumerate(rows, 1)]
+
+
+def benchmark_item(key, messages, language, row, questions=(), group=None, **more):
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    return {"id": str(key), "messages": messages, "language": language, "questions": list(questions),
+            "group": str(key if group is None else group), "row": row, **more}
+
+
+def load_ifeval(folder, path="ifeval/input_data.jsonl"):
+    kinds = {"key": (int, str), "prompt": str, "instruction_id_list": list, "kwargs": list}
+    rows = [checked(folder / path, number, row, **kinds) for number, row in rewards.json_lines(folder / path)]
+    return [benchmark_item(row["key"], row["prompt"], "en", row) for row in rows]
+
+
+def load_cello(folder):
+    paths, items = sorted((folder / "cello").glob("*.json")), []
+    if not paths:
+        raise InputError(f"{folder / 'cello'}: no *.json there; --benchmark-dir is the folder that holds cello/")
+    criteria = {name: list for name in ("Count_limit", "Answer_format", "Task_prescribed_phrases",
+                                        "Input_depdent_query", "histories")}
+    for path in paths:
+        for _, row in json_rows(path, Instruction=str, Instruction_id=str, lang=str, **criteria):
+            turns = [text for pair in row["histories"] for text in pair] + [row["Instruction"]]
+            messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+            items.append(benchmark_item(row["Instruction_id"], messages, "zh", row, task=path.stem))
+    return items
+
+
+def load_cfbench(folder):
+    kinds = {"idx": (int, str), "prompt": str, "split": str, "criteria": list}
+    return [benchmark_item(row["idx"], row["prompt"], "zh", row, [None])
+            for _, row in json_rows(folder / "cfbench" / "cfbench_data.json", **kinds)]
+
+
+def load_complexbench(folder):
+    path, kinds = folder / "complexbench" / "data_final.json", {"main_id": (int, str), "instruction": str,
+                                                                "category": str, "scoring_questions": list}
+    for number, row in (rows := json_rows(path, **kinds)):
+        for question in row["scoring_questions"]:
+            checked(path, number, question, question=str, rule=(str, type(None)), dep=list)
+            if any(type(k) is not int or not 0 <= k < len(row["scoring_questions"]) for k in question["dep"]):
+                raise InputError(f"{path}:{number}: field 'dep': {question['dep']} are not positions of questions; "
+                                 "--prepare downloads the file anew")
+    return [benchmark_item(row["main_id"], row["instruction"], "zh", row, range(len(row["scoring_questions"])),
+                           group=row.get("group")) for _, row in rows]
+
+
+def load_fbbench(folder):
+    path = folder / "fb-bench" / "fb_bench_dataset_v3.json"
+    kinds = {"bench_type": str, "task_type": str, "user_query": str, "origin_first_response": str, "feedback": str,
+             "checklist": list}
+    items = []
+    for number, row in json_rows(path, **kinds):
+        messages = [{"role": role, "content": row[name]} for role, name in
+                    (("user", "user_query"), ("assistant", "origin_first_response"), ("user", "feedback"))]
+        items.append(benchmark_item(number - 1, messages, "zh", row, [None]))
+    return items
+
+
+FOLLOWBENCH_TYPES = ("content", "situation", "style", "format", "example", "mixed")
+
+
+def load_followbench(folder):
+    items = []
+    for language, name in (("en", "data"), ("zh", "data_zh")):
+        for kind in FOLLOWBENCH_TYPES:
+            path = folder / "followbench" / name / f"{kind}_constraints.json"
+            if not path.parent.is_dir():
+                continue
+            steps = {}  # example -> its instructions of level 0, 1, ..., as the judge is shown them
+            for _, row in json_rows(path, example_id=int, level=int, instruction=str, source=str, category=str):
+                steps.setdefault(row["example_id"], []).append(row["instruction"])
+                if row["level"]:
+                    group = f"{language}/{kind}/{row['example_id']}"
+                    by_rule = kind == "example" or followbench_rule(row, language) is not None
+                    items.append(benchmark_item(f"{group}/{row['level']}", row["instruction"], language, row,
+                                                [] if by_rule else [None], group, kind=kind,
+                                                steps=steps[row["example_id"]][:]))
+    if not items:
+        raise InputError(f"{folder / 'followbench'}: neither data/ nor data_zh/ is there; --benchmark-dir is the "
+                         "folder that holds followbench/")
+    return items
+
+
+def load_infobench(folder):
+    path, items = folder / "infobench" / "InfoBench.json", []
+    for number, row in rewards.json_lines(path):  # JSON Lines in spite of its name
+        checked(path, number, row, id=(str, int), instruction=str, input=str, subset=str, decomposed_questions=list)
+        prompt = row["instruction"] + (f"\n{row['input']}" if row["input"] else "")
+        items.append(benchmark_item(row["id"], prompt, "en", row, range(len(row["decomposed_questions"]))))
+    return items
+
+
+# ---------------------------------------------------------------- the seven benchmarks: verdicts and metrics
+#
+# verdict(item, answer, replies, protocol): `answer` is the text without thought and tags, None = not answered;
+# `replies` maps a question to the judge's raw reply. It returns a dict with judged and unparsable (replies counted),
+# or "left_out": True where the authors drop the item. aggregate(rows, protocol): metrics over (item, verdict) pairs.
+
+
+def mean(values):
+    """Mean of the values that are not None, in the order given; None without any (NaN in the authors' code)."""
+    values = [value for value in values if value is not None]
+    return float(sum(values) / len(values)) if values else None
+
+
+def ifeval_verdict(item, answer, replies, protocol):
+    checks = list(zip(item["row"]["instruction_id_list"], item["row"]["kwargs"], strict=True))
+    strict = [answer is not None and rewards.check(name, kwargs, answer, mode="compat") for name, kwargs in checks]
+    loose = [met or answer is not None and rewards.check_loose(name, kwargs, answer, mode="compat")
+             for met, (name, kwargs) in zip(strict, checks, strict=True)]
+    return {"strict": strict, "loose": loose}
+
+
+def ifeval_metrics(rows, protocol):
+    metrics = {}
+    for mode in ("strict", "loose"):
+        metrics[f"prompt_{mode}"] = mean([all(verdict[mode]) for _, verdict in rows])
+        metrics[f"instruction_{mode}"] = mean([met for _, verdict in rows for met in verdict[mode]])
+    metrics["headline"] = percent_of(metrics["prompt_loose" if protocol == "raif" else "prompt_strict"])
+    kinds = {}
+    for item, verdict in rows:
+        for name, met in zip(item["row"]["instruction_id_list"], verdict["strict"], strict=True):
+            kinds.setdefault(name, []).append(met)
+    return metrics | {"kinds": {name: mean(kinds[name]) for name in sorted(kinds)}}
+
+
+def percent_of(share):
+    return None if share is None else 100 * share
+
+
+# CELLO. A criterion that is not asked is None. Odd on purpose, as in the authors' scorer: see the comments.
+
+
+def first_criterion(criteria, names):
+    """(criterion, limit) of the first entry that is one of `names`; None if there is none or a NULL stands before."""
+    for entry in criteria:
+        if entry["criterion"] in names:
+            return entry["criterion"], entry["limit"]
+        if entry["criterion"] == "NULL":
+            return None
+    return None
+
+
+def share_present(text, criteria):
+    """Share of the required substrings that occur (a bare string is gone through character by character)."""
+    found = first_criterion(criteria, ("keywords",))
+    return found and sum(word in text for word in found[1]) / len(found[1])
+
+
+def can_be_read(text, form):
+    """0 or 1: can the text be read as dict (also asked for as json), list, tuple, xml or yaml?"""
+    import xml.etree.ElementTree as ElementTree
+
+    import yaml
+
+    try:
+        if form in ("json", "dict", "list", "tuple"):  # literals of Python, not JSON: true and null do not pass
+            return int(isinstance(ast.literal_eval(text), {"list": list, "tuple": tuple}.get(form, dict)))
+        if form == "xml":
+            ElementTree.fromstring(text)
+        elif form == "yaml":
+            yaml.safe_load(text)
+        return int(form in ("xml", "yaml"))  # an unknown form, ["xml"] in three records, is never met
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, ElementTree.ParseError, yaml.YAMLError):
+        return 0
+
+
+def character_bleu(text, reference):
+    """Corpus BLEU-4 over characters, uniform weights, no smoothing: 0 as soon as one n-gram order has no match."""
+    logs = 0.0
+    for n in range(1, 5):
+        own = Counter(text[i : i + n] for i in range(len(text) - n + 1))
+        given = Counter(reference[i : i + n] for i in range(len(reference) - n + 1))
+        if not (matches := sum((own & given).values())):
+            return 0.0
+        logs += math.log(matches / (len(text) - n + 1)) / 4
+    return math.exp(logs + min(0.0, 1 - len(reference) / len(text)))
+
+
+def sample_score(text, criteria):
+    """Best of the entries that count samples. An entry of another kind repeats the last one's test (on a text that a
+    table test may have cut), and before any test it ends the count as not asked."""
+    mode, scores = None, []
+    for entry in criteria:
+        if entry["criterion"] in ("sample-table", "sample-min", "sample-number"):
+            mode, limit = entry["criterion"], entry["limit"]
+        elif entry["criterion"] == "NULL" or mode is None:
+            return None
+        if mode == "sample-min":
+            scores.append(sum(text.count(part) >= count for part, count in limit) / len(limit))
+        elif mode == "sample-table":
+            if "|" in text:
+                text = text[text.index("|") : text.rindex("|") + 1]
+            scores.append(int("|" in text and text.count("\n") == limit + 1))  # header, ruler and `limit` rows
+        else:
+            numbers = {float(digits) for digits in re.findall(r"\d+", text)}
+            scores.append(int(limit in numbers and max(numbers) == limit))
+    return max(scores, default=None)
+
+
+def count_score(text, row, previous):
+    """Mean of the asked ones of four: words, samples, sentences, revision. `previous`: the answer to be revised."""
+    criteria, chinese, parts = row["Count_limit"], row["lang"] == "ch", [sample_score(text, row["Count_limit"])]
+    if found := first_criterion(criteria, ("word-max", "word-min", "word-exact", "word-min-max")):
+        n = len(re.findall("[\u4e00-\u9fa5]", text)) if chinese else sum(
+            re.search("[A-Za-z0-9]", word) is not None for word in text.split())
+        mode, limit = found
+        over = mode == "word-max" and n > limit
+        parts.append(1 - (n - limit) / n if over else n / limit if mode == "word-min" and n < limit else 1)
+    if found := first_criterion(criteria, ("sentence-max", "sentence-min", "sentence-min-max", "sentence-exact")):
+        n = len(re.findall("[^。！？；\n]+[。！？；\n]", text) if chinese else rewards.text_of(text).punkt_sentences)
+        mode, limit = found
+        if mode == "sentence-min":
+            parts.append(min(1, n / limit))
+        elif mode != "sentence-max":  # that one always ends as not asked
+            low, high = limit if mode == "sentence-min-max" else (limit, limit)
+            parts.append(int(low <= n <= high))
+    if previous is not None and (found := first_criterion(criteria, ("revise",))):
+        longer = len(text) - len(previous)
+        parts.append(int(longer >= 0 if found[1] == "longer" else longer <= 0))
+    return mean(parts)
+
+
+def cello_verdict(item, answer, replies, protocol):
+    row = item["row"]
+    if answer is None:
+        return {"scores": [0.0] * 4}  # on all four criteria, asked or not
+    asked = first_criterion(row["Answer_format"], ("resolve",))
+    form = mean([asked and can_be_read(answer, asked[1]), share_present(answer, row["Answer_format"])])
+    # The authors append each answer to the history before scoring, so that a revision is compared with itself.
+    previous = answer if protocol != "corrected" else row["histories"][-1][1] if row["histories"] else None
+    query = share_present(answer, row["Input_depdent_query"])
+    source = row.get("input_text")
+    if query and isinstance(source, str) and source != "NULL":
+        query *= 1 - character_bleu(answer, source)
+    return {"scores": [form, query, share_present(answer, row["Task_prescribed_phrases"]),
+                       count_score(answer, row, previous)]}
+
+
+def cello_metrics(rows, protocol):
+    tasks, criteria = {}, {}
+    for task in sorted({item["task"] for item, _ in rows}):
+        scores = [verdict["scores"] for item, verdict in rows if item["task"] == task]
+        criteria[task] = [mean(column) for column in zip(*scores, strict=True)]
+        tasks[task] = mean(criteria[task])  # of the criterion means, not of the samples' own means
+    structure = mean([tasks.pop(name, None) for name in ("Structure_None", "Structure_hard", "Structure_simple")])
+    tasks |= {"Structure": structure} if structure is not None else {}
+    instruction = mean([tasks.get(name) for name in ("extraction", "Planning", "meta_prompt",
+                                                     "brainstorming_single_round", "writing_single_round")])
+    inputs = mean([tasks.get(name) for name in ("keywords_extraction", "closed_qa", "Summarization", "Structure",
+                                                "brainstorming_multi_rounds", "writing_multi_rounds")])
+    average = mean([instruction, inputs])
+    names = ("answer_format", "input_dependent", "task_prescribed", "count_limit")
+    return {"average": average, "complex_instruction": instruction, "complex_input": inputs,
+            "headline": percent_of(average), "tasks": tasks,
+            "criteria": dict(zip(names, map(mean, zip(*criteria.values(), strict=True)), strict=True))}
+
+
+# CFBench. Scores are rounded to two decimals by numpy at every step, comparisons with 0.8 are strict.
+
+
+def rounded_mean(values):
+    return float(np.round(np.mean(values), 2)) if len(values) else None
+
+
+def is_number(text):
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def cfbench_points(reply, criteria):
+    """The judge's 0 or 1 for each check point, or None: lines must repeat the points verbatim, in order."""
+    fields = [part.split("\t") for part in reply.split("\n\n")]
+    if [field[0] for field in fields] != criteria or any(len(field) != 2 for field in fields):
+        return None
+    scores = [float(field[1]) if is_number(field[1]) else -1.0 for field in fields]
+    return scores if all(score in (0, 1) for score in scores) else None
+
+
+def cfbench_verdict(item, answer, replies, protocol):
+    reply, priorities = replies.get(None), [entry[1] for entry in item["row"]["criteria"]]
+    scores = reply and cfbench_points(reply, [entry[0] for entry in item["row"]["criteria"]])
+    if scores:
+        csr = rounded_mean(scores)
+        secondary = [score for score, priority in zip(scores, priorities, strict=True) if priority == "次需"]
+        primary = [score for score, priority in zip(scores, priorities, strict=True) if priority == "主需"]
+        if 0 in primary:
+            psr = 0
+        elif not primary:
+            psr = int(csr > 0.8)
+        else:
+            psr = int(not secondary or 0.5 + 0.5 * rounded_mean(secondary) > 0.8)
+        return {"CSR": csr, "ISR": int(csr == 1), "PSR": psr, "judged": 1, "unparsable": 0}
+    # The fallback reads line by line. The authors keep only the ones, so that a single one makes everything 1, and
+    # stop at a score that is no number; with "corrected" zeros stay and a point without a score is 0.
+    found = [field[1] for field in (line.split("\t") for line in (reply or "").split("\n")) if len(field) == 2]
+    if protocol == "corrected":
+        scores = [float(score) for score in found if is_number(score) and float(score) in (0, 1)]
+        scores += [0.0] * (len(priorities) - len(scores))
+    else:
+        scores = [1.0 for score in found if float(score) == 1] if all(map(is_number, found)) else []
+    csr = rounded_mean(scores or [0.0])
+    return {"CSR": csr, "ISR": int(csr == 1), "PSR": int(csr > 0.8), "judged": int(reply is not None),
+            "unparsable": int(reply is not None)}
+
+
+def cfbench_metrics(rows, protocol):
+    metrics = {}
+    for split in ("", "easy", "hard"):
+        for name in ("CSR", "ISR", "PSR"):
+            values = [verdict[name] for item, verdict in rows if split in ("", item["row"]["split"])]
+            metrics[f"{name}_{split}".rstrip("_")] = rounded_mean(values)
+    shown = ("CSR", "ISR", "PSR") if protocol == "raif" else ("PSR",)  # Table 1: the mean of the three
+    return metrics | {"headline": percent_of(mean([metrics[name] for name in shown]))}
+
+
+# ComplexBench. A question with a rule: a judge's reply names the spans of the answer that the rule is run on.
+
+FULL_WIDTH = str.maketrans("!#$%&()*,.:;?\\^“”", "！＃＄％＆（）＊，。：；？＼＾\"\"")
+
+
+def span_list(reply, answer):
+    """The spans an extraction reply names: `all` is the whole answer, None no span, several are set apart by ||."""
+    if reply is None or answer is None:
+        return []
+    reply = reply.rpartition("【模型回复中评分问题的评测对象】\n")[2]
+    for note in ("\n\n请注意", "\n\n**注意", "\n\n注意"):
+        reply = reply.rsplit(note, 1)[0]
+    mark = next((mark for mark in ("评分对象：", "评测对象：", "：") if mark in reply), None)
+    target = reply.rpartition(mark)[2] if mark else reply
+    if target.startswith("all"):
+        return [answer]
+    return [] if "None" in target else [span.strip() for span in target.split("||")]
+
+
+def unquoted(span):
+    """Without leading line breaks and one pair of outer quotes or back-ticks, of any of the kinds on either side."""
+    span = span.lstrip("\n")
+    return span[1:-1] if span and span[0] in "\"“`" and span[-1] in "\"”`" else span
+
+
+def first_object(text):
+    """The first balanced {...} of a text; a closing brace too many before it spoils it, as in the authors' scan."""
+    depth = start = 0
+    for i, character in enumerate(text):
+        if character == "{":
+            start, depth = (i if depth == 0 else start), depth + 1
+        elif character == "}":
+            depth -= 1
+            if depth == 0:
+                return text[start : i + 1]
+    return ""
+
+
+def span_tests():
+    """Test name -> (argument form, does the span meet the argument?); spans may come with full-width punctuation."""
+    def wide(text):
+        return text.translate(FULL_WIDTH)
+
+    def opens(span, start):
+        return span.startswith(wide(start))
+
+    def closes(span, end):
+        return any(span.endswith(wide(end) + mark) for mark in ("", "。", "？"))
+
+    def count(span, words):
+        return sum(wide(word) in span for word in words)
+
+    def json_keys(span, keys):
+        keys = [key for key in keys if key != ""]
+        try:
+            value = json.loads(first_object(span))
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(value, dict) and all(key in value for key in keys) and len(keys) in (0, len(value))
+
+    def marks(span, allowed):
+        allowed = [wide(mark) for mark in allowed]
+        return all(wide(mark) in allowed for mark in string.punctuation if wide(mark) in span)
+
+    def within(n, limits):
+        return limits[0] <= n <= limits[1]
+
+    return {
+        "keyword": ("words", lambda span, words: count(span, words) == len(words)),
+        "keyword_num": ("words", lambda span, words: within(count(span, words[2:]), [int(n) for n in words[:2]])),
+        "forbidden_word": ("words", lambda span, words: count(span, words) == 0),
+        "startswith": ("text", opens),
+        "endswith": ("text", closes),
+        "not_startswith": ("text", lambda span, start: not opens(span, start)),
+        "not_endswith": ("text", lambda span, end: not closes(span, end)),
+        "length": ("literal", lambda span, limits: within(len(span), limits)),
+        "length_word": ("literal", lambda span, limits: within(len(span.split()), limits)),
+        "constraint_punc": ("words", marks),
+        "match": ("line", lambda span, text: span in (text, text + "。", text + ".")),
+        "Json": ("literal", json_keys),
+    }
+
+
+SPAN_TESTS = span_tests()
+# Rules on named spans, in the order in which the authors look for the names inside the rule text. Options: "each" all
+# spans, not only the first; "wide" full-width punctuation first; "quotes" also without quotes, "bare" only without.
+MODEL_RULES = {
+    "model_keyword_each": "keyword each wide", "model_keyword_num_each": "keyword_num each untrimmed",
+    "model_keyword_num": "keyword_num", "model_keyword": "keyword", "model_forbidden_word_each":
+    "forbidden_word each wide", "model_forbidden_word": "forbidden_word", "model_number_each": "number",
+    "model_length_each": "length each quotes", "model_length_word_each": "length_word each quotes",
+    "model_length_word": "length_word quotes", "model_length": "length quotes",
+    "model_startswith_each": "startswith each wide", "model_starts_with_list_each": "startswith pairs wide",
+    "model_startswith": "startswith wide", "model_endswith_each": "endswith each wide quotes butlast",
+    "model_endswith": "endswith wide", "model_constraint_punc_each": "constraint_punc each wide quotes",
+    "model_constraint_punc": "constraint_punc bare", "model_not_startswith": "not_startswith wide",
+    "model_not_endswith_each": "not_endswith each wide", "model_not_endswith": "not_endswith wide",
+}
+PLAIN_RULES = {"keyword": "keyword", "match": "match", "constraint_punc": "constraint_punc",
+               "forbidden_word": "forbidden_word", "startswith": "startswith", "not endswith": "not_endswith",
+               "endswith": "endswith", "length_word": "length_word", "length": "length", "Json": "Json"}
+UNKNOWN = 2  # the authors' value for a rule they do not know: false in DRFR, but what depends on it stays
+
+
+def rule_argument(rule, name, form, trim=True):
+    """What stands after `name:` at the end of the rule text; None if it cannot be read (there the authors' code stops).
+
+    A list of words has to stand on the last line; texts and literals may run over several.
+    """
+    bracket = form in ("words", "literal")
+    found = re.search(name + (r":(\[.*?\])$" if bracket else ":(.*?)$"), rule,
+                      0 if form == "line" or form == "words" and trim else re.DOTALL)
+    if not found:
+        return None
+    if form == "words":
+        words = found[1].strip("[]").split(",")
+        return [word.strip() for word in words] if trim else words
+    if form == "literal":
+        try:
+            return ast.literal_eval(found[1])
+        except (ValueError, SyntaxError):
+            return None
+    return found[1]
+
+
+def model_rule(name, rule, spans):
+    """A rule on spans: True, False or UNKNOWN."""
+    test, *options = MODEL_RULES[name].split()
+    if not spans or spans == [""]:
+        return test.startswith(("forbidden", "not_"))
+    form, meets = SPAN_TESTS.get(test, ("literal", None))
+    argument = rule_argument(rule, name, "words" if "pairs" in options else form, trim="untrimmed" not in options)
+    if argument is None:
+        return UNKNOWN
+    if test == "number":
+        return argument[0] <= len(spans) <= argument[1]
+    arguments = [argument] * len(spans)
+    if "pairs" in options:
+        if len(argument) != len(spans):
+            return False
+        arguments = argument
+    elif "each" not in options:
+        spans = spans[:1]
+    elif "butlast" in options and len(spans) > 1:
+        spans = spans[:-1]
+    for span, wanted in zip(spans, arguments, strict=False):
+        if span == "" and ("each" in options or "pairs" in options):
+            continue
+        span = span.translate(FULL_WIDTH) if "wide" in options else span
+        tried = {"quotes": [span, unquoted(span)], "bare": [unquoted(span)]}
+        if not any(meets(text, wanted) for text in next((tried[o] for o in options if o in tried), [span])):
+            return False
+    return True
+
+
+def opens_and_closes(rule, span):
+    both = re.search(r"startswith:(.*?)\n(?:model_)?endswith:(.*?)$", rule, re.DOTALL)
+    span = span.translate(FULL_WIDTH)
+    return UNKNOWN if not both else SPAN_TESTS["startswith"][1](span, both[1]) and SPAN_TESTS["endswith"][1](
+        span, both[2])
+
+
+def plain_rule(rule, span):
+    """A rule on one span; a blank one, and any that contains None, counts as absent."""
+    names = [name for name in PLAIN_RULES if (name + ":" if name.startswith("length") else name) in rule]
+    if "keyword_num" in rule and "forbidden_word" not in rule:
+        names = [name for name in names if name != "keyword"]
+    if not names:
+        return UNKNOWN
+    if span == "" or "None" in span:
+        return names[0] in ("forbidden_word", "not endswith")
+    if names[0] == "keyword" and "forbidden_word" in names:
+        return UNKNOWN  # the authors' patterns do not fit this pair: their code stops
+    if names[0] == "startswith" and "endswith" in rule:
+        return opens_and_closes(rule, span)
+    form, meets = SPAN_TESTS[PLAIN_RULES[names[0]]]
+    argument = rule_argument(rule.strip() if names[0] == "Json" else rule, names[0], form)
+    if argument is None:
+        return UNKNOWN
+    return bool(meets(span if names[0] == "Json" else span.translate(FULL_WIDTH), argument))
+
+
+def complexbench_rule(rule, spans):
+    """True, False or UNKNOWN for a rule text and the spans it is about."""
+    if "model_keyword_num_each" in rule and "model_forbidden_word_each" in rule and "model_keyword_each" not in rule:
+        if not spans or spans == [""]:
+            return False
+        both = re.search(r"model_keyword_num_each:(\[.*?\])\nmodel_forbidden_word_each:(\[.*?\])$", rule, re.DOTALL)
+        if not both:
+            return UNKNOWN
+        wanted, banned = (part.strip("[]").split(",") for part in both.groups())
+        return all(SPAN_TESTS["keyword_num"][1](span, wanted) and SPAN_TESTS["forbidden_word"][1](span, banned)
+                   for span in spans if span)
+    for name in MODEL_RULES:
+        if (name + ":" if name == "model_length" else name) in rule:
+            if name == "model_startswith" and "model_endswith" in rule:
+                return bool(spans and spans != [""]) and opens_and_closes(rule, spans[0])
+            return model_rule(name, rule, spans)
+    if "model" in rule or "each" in rule:
+        return UNKNOWN
+    return plain_rule(rule, unquoted(spans[0])) or plain_rule(rule, spans[0]) if spans else plain_rule(rule, "")
+
+
+def read_yes(reply):
+    """(是 or 否 as a bool, could it be read?): one "答案：是" or "答案：否" decides, else 是 without any 否."""
+    if len(said := re.findall("答案：(是|否)", reply)) == 1:
+        return said[0] == "是", True
+    return "是" in reply and "否" not in reply, ("是" in reply) != ("否" in reply)
+
+
+def complexbench_verdict(item, answer, replies, protocol):
+    raw, unparsable = [], 0
+    for k, question in enumerate(item["row"]["scoring_questions"]):
+        reply = replies.get(k)
+        if question["rule"] is None:
+            met, readable = read_yes(reply) if reply is not None else (False, True)
+            unparsable += not readable
+        else:
+            met = complexbench_rule(question["rule"], span_list(reply, answer))
+        raw.append(met)
+    # One step only: the raw verdicts of `dep` count, not the adjusted ones.
+    met = [False if any(raw[d] is False for d in question["dep"]) else value
+           for value, question in zip(raw, item["row"]["scoring_questions"], strict=True)]
+    return {"met": met, "judged": len(replies), "unparsable": unparsable}
+
+
+DIMENSIONS = {
+    "Lexical": ("Word Matching", "Keywords"),
+    "Structure": ("JSON Format", "Markdown Format", "Bullets Format", "Length", "Start with", "End with",
+                  "Punctuation", "Template"),
+    "Semantic": ("Language Style", "Personalization", "Topic", "Sentiment"),
+    "Utility": ("Helpfulness", "Target Language", "Supportiveness", "Consistency", "Factuality"),
+}
+
+
+def complexbench_metrics(rows, protocol):
+    by, groups = {}, {}  # (table, name) -> values; group of items -> items in order
+    for item, verdict in rows:
+        row = item["row"]
+        for value in verdict["met"]:
+            keys = [("drfr", ""), ("category", row["category"]), ("prefix", row["category"].split("_")[0]),
+                    ("task", row.get("task_types", "")), ("composition", "_".join(sorted(row["composition_types"])))]
+            for key in keys:
+                by.setdefault(key, []).append(value is True)
+        for value, question in zip(verdict["met"], row["scoring_questions"], strict=True):
+            for name in question["constraint_dimensions"]:
+                family = next((family for family, names in DIMENSIONS.items() if name in names), "Others")
+                for key in (("dimension", name), ("family", family)):
+                    by.setdefault(key, []).append(bool(value))  # UNKNOWN counts as true in these tables
+            for name in question["composition_types"]:
+                by.setdefault(("question", name), []).append(bool(value))
+        groups.setdefault(item["group"], []).append((item, verdict))
+    tables = {}
+    for (table_name, name), values in sorted(by.items()):
+        tables.setdefault(table_name, {})[name] = mean(values)
+    coherent = {}  # groups whose first item has one Selection question, or several; a group holds if all its items do
+    for name, depths in (("single", (1,)), ("multiple", range(2, 100))):
+        chosen = [[all(value is not False for value in verdict["met"]) for _, verdict in group]
+                  for group in groups.values() if sum("Selection" in question["composition_types"] for question in
+                                                      group[0][0]["row"]["scoring_questions"]) in depths]
+        origin, whole = mean([held for group in chosen for held in group]), mean([all(group) for group in chosen])
+        coherent |= {f"{name}_origin": origin, f"{name}_coherent": whole,
+                     f"{name}_relative_drop": (origin - whole) / origin if origin else None}
+    overall = tables.pop("drfr", {}).get("")
+    return {"drfr": overall, **tables.get("category", {}), "headline": percent_of(overall),
+            "tables": {name: tables[name] for name in tables if name != "category"}, "coherent": coherent}
+
+
+# FB-Bench. The weights are those the judge repeats, not the data's; points may be missing, added or reworded.
+
+REPETITIVE = "$REPETITIVE PATTERNS$"  # stored in place of a judgement that was refused; scored 0
+
+
+def fbbench_score(reply):
+    """Item score of a judgement {check point: {评判理由, 评判结果, weight}}; None if it cannot be read."""
+    if REPETITIVE in reply:
+        return 0.0
+    try:
+        points = json.loads(reply)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(points, dict):
+        return None
+    score, certain = 0.0, False
+    for name, point in points.items():
+        if not (name and isinstance(point, dict) and point.get("评判结果") in ("是", "否") and "weight" in point
+                and isinstance(point.get("评判理由"), str) and point["评判理由"]):
+            return None
+        weight = point["weight"]
+        if weight is not None and not (isinstance(weight, int | float) and 0 < weight <= 1):
+            return None
+        if point["评判结果"] == "是" and not certain:
+            certain = weight is None  # a point without weight decides at once
+            score = 1.0 if certain else score + weight
+    return score if score <= 1 + 1e-6 else None
+
+
+def fbbench_verdict(item, answer, replies, protocol):
+    reply = replies.get(None)
+    score = None if reply is None else fbbench_score(reply)
+    judged = int(reply is not None)
+    verdict = {"score": score, "judged": judged, "unparsable": int(judged and score is None)}
+    if score is None:  # the authors leave the item out
+        verdict |= {"score": 0.0} if protocol == "corrected" else {"left_out": True}
+    return verdict
+
+
+def fbbench_metrics(rows, protocol):
+    cells = {}
+    for item, verdict in rows:
+        if not verdict.get("left_out"):
+            cells.setdefault((item["row"]["bench_type"], item["row"]["task_type"]), []).append(verdict["score"])
+    cells = {key: mean(scores) for key, scores in cells.items()}
+
+    def average(chosen):
+        value = mean([cells[key] for key in cells if key[0] in chosen])
+        if value is None or round(value, 4) == 0 and protocol != "corrected":
+            return None  # the authors report a zero average as missing
+        return round(value, 4) * 100
+
+    both = {"Error Correction": "error_correction", "Response Maintenance": "response_maintenance"}
+    metrics = {key: average((name,)) for name, key in both.items()}
+    overall = average(tuple(both))
+    notes = [] if len(rows) == 734 else [f"{len(rows)} items: not the 734-item set of RAIF's published numbers"]
+    halves = mean(list(metrics.values())) if protocol == "raif" else overall
+    return metrics | {"overall": overall, "headline": halves, "tasks": {"/".join(key): value for key, value in
+                                                                         sorted(cells.items())}} | {"notes": notes}
+
+
+# FollowBench. Verdicts by rule are compared exactly, nothing is stripped. A level asks for all conditions up to it.
+
+
+def followbench_parts(text, language):
+    """(sentences, length of the text, length of a sentence): words in English, characters in Chinese."""
+    sentences = [part for part in re.split("[.!?]" if language == "en" else "[。！？]", text) if part]
+    if language == "en":
+        return sentences, len(text.split(" ")), lambda sentence: len(sentence.split())
+    return sentences, len(text), len
+
+
+def summary_conditions(source, text, language):
+    """The five conditions of a summarization source, in the order of the levels that add them."""
+    sentences, length, length_of = followbench_parts(text, language)
+    one, zh = len(sentences) == 1, language == "zh"
+    punctuation = string.punctuation + ("，。：’“”" if zh else "")
+
+    def has(word, part=text):
+        return re.search(word if zh else rf"\b{re.escape(word)}\b", part) is not None
+
+    def sentence_has(k, word):
+        return len(sentences) > k and has(word, sentences[k])
+
+    if source == "cnn_dailymail":
+        words = ("波特", "演员", "电影", "奢侈") if zh else ("Potter", "actor", "films", "lavish")
+        first, second, third, banned = words
+        finished = "了" if zh else r"\b(has|have)\s+\w+"
+        return [len(sentences) == 3, all(length_of(sentence) < 15 for sentence in sentences),
+                sentence_has(0, first) and sentence_has(1, second) and sentence_has(2, third),
+                not sentence_has(1, banned), len(sentences) > 2 and re.search(finished, sentences[2]) is not None]
+    if source == "xsum":
+        going_on = "在" if zh else r"\b(am|is|are)\s+\w+ing\b"
+        return [one, length < 20, not has("牛顿斯图尔特" if zh else "Newton Stewart"),
+                re.search(going_on, text) is not None, has("操作" if zh else "operation")]
+    if source == "samsum":
+        varied = "拖沓的" in text if zh else "procrast" in text.lower()
+        return [one, length < 15, has("琐碎的" if zh else "stuff"), not varied,
+                sum(mark in punctuation for mark in text) == 1]
+    if source == "gigaword":
+        plain = not any(mark.isnumeric() for mark in text) if zh else text.islower()
+        return [length == 8, not any(mark in punctuation for mark in text), plain, not has("公交车" if zh else "bus"),
+                has("在" if zh else "in")]
+    return [one, length <= 20, text.startswith("我们" if zh else "We"), has("激活" if zh else "activations"),
+            not has("transformer")]  # arxiv
+
+
+def format_conditions(example_id, text, language, level):
+    """Conditions of the two format examples that are scored by rule, in the order of the levels that add them."""
+    if example_id == 30:
+        # Sentences end at a full stop or question mark before white space, but not within i.e. or after Mr.
+        sentences = re.split(r"(?<!\w\.\w.)(?<![A-Z][a-z]\.)(?<=\.|\?)\s", text)
+        points = [sentence for sentence in sentences if any(f"{n}." in sentence for n in range(1, 6))]
+        return ["**" in text, len(re.findall(r"\*\*[\d].+?:", text)) == 5,
+                all(len(point.split(".")) < 3 for point in points),
+                all(10 <= len(sentence.split()) <= 15 for sentence in sentences),
+                not any(word.endswith("-ly") for word in text.split())]  # the three characters, hyphen included
+    blocks = text.split("\n\n")
+    sentences, _, length_of = followbench_parts(text, language)
+    ending = "这些是建议" if language == "zh" else "Those are suggestions"
+    return [len(blocks) == (4 if level == 5 else 3),
+            all(len(followbench_parts(block, language)[0]) < 3 for block in blocks[:3]),
+            all(length_of(sentence) > 20 for sentence in sentences),
+            all(re.match(r"\d+\.", block.lstrip()) for block in blocks if block.strip()), text.endswith(ending)]
+
+
+def last_is(pattern, text, target):
+    found = re.findall(pattern, text)
+    return bool(found) and found[-1] == target
+
+
+def followbench_rule(row, language):
+    """The rule of a record as a function text -> bool, None if a judge decides."""
+    source, target, level = row["source"], row.get("target", ""), row["level"]
+    if source in ("cnn_dailymail", "xsum", "samsum", "gigaword", "arxiv"):
+        return lambda text: all(summary_conditions(source, text, language)[:level])
+    if row["category"] == "format" and row["example_id"] in ((22, 30) if language == "en" else (22,)):
+        return lambda text: all(format_conditions(row["example_id"], text, language, level)[:level])
+    return {
+        "E2E": lambda text: text == target,
+        "text_editing": lambda text: text == target,
+        "WIKIEVENTS": lambda text: set(text.split("\n")) <= set(target.split("\n")),
+        "CONLL2003": lambda text: text in ast.literal_eval(target),
+        "BBH_logical": lambda text: last_is(r"\([A-Z]\)", text, target),
+        "BBH_time": lambda text: last_is(r"\d{2}/\d{2}/\d{4}", text, target),
+        "gsm_8k": lambda text: last_is(r"\$\d+" if language == "en" else r"\d+美元", text, target),
+        "self_made_space": lambda text: target in text,
+    }.get(source)
+
+
+def matches_template(text, target):
+    """Example type: the template without its {instruction} line; {answer} and a literal .* match within a line."""
+    template = target.replace("{instruction}\n", "").replace("{{", "{").replace("}}", "}").replace("{answer}", ".*")
+    return re.fullmatch(".*".join(map(re.escape, template.split(".*"))), text) is not None
+
+
+def read_levels(reply, level, language):
+    """(all constraints hold, share that hold) from the last line of a judge reply; None if it cannot be read."""
+    if language == "zh":
+        reply = reply.replace("“", '"').replace("”", '"').strip("`").strip(" ").strip("\n").split("\n")[-1].strip(" ")
+    else:
+        reply = reply.strip("`").strip().split("\n")[-1]
+    if level == 1:
+        return (1, 1.0) if "YES" in reply else (0, 0.0) if "NO" in reply else None
+    found = re.search(r"\[.*\]", reply)
+    if not found:
+        return None
+    listed, refused = found[0], ("NO", "PARTIAL", "MAYBE", "UNKNOWN", "PARTIALLY" if language == "zh" else "N/A")
+    if language == "zh" and '"' not in listed and "'" not in listed:
+        listed = listed.replace("YES", "'YES'").replace("NO", "'NO'")
+    try:
+        words = ast.literal_eval(listed)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    if not isinstance(words, list) or len(words) < level or (language == "en" and len(words) != level):
+        return None
+    if any(word != "YES" and word not in refused for word in words[:level]):
+        return None
+    yes = words[:level].count("YES")
+    return int(yes == level), yes / level
+
+
+def followbench_verdict(item, answer, replies, protocol):
+    row, text = item["row"], answer or ""
+    if not item["questions"]:
+        if item["kind"] == "example":
+            met = matches_template(text, row["target"])
+        else:
+            met = followbench_rule(row, item["language"])(text)
+        return {"hard": int(met), "soft": float(met)}
+    reply = replies.get(None)
+    if reply is None:
+        return {"hard": 0, "soft": 0.0}
+    read = read_levels(reply, row["level"], item["language"])
+    if read is None:  # the authors add -1 and ask for a correction by hand
+        read = (0, 0.0) if protocol == "corrected" else (-1, -1.0)
+        return {"hard": read[0], "soft": read[1], "judged": 1, "unparsable": 1}
+    return {"hard": read[0], "soft": read[1], "judged": 1}
+
+
+def followbench_metrics(rows, protocol):
+    metrics, raif, official = {}, [], []
+    for language in ("en", "zh"):
+        for kind in FOLLOWBENCH_TYPES:
+            chosen = [(item, verdict) for item, verdict in rows if item["language"] == language
+                      and item["kind"] == kind]
+            # Judged ones first, then those by rule, as the authors add them up.
+            chosen = sorted(chosen, key=lambda pair: not pair[0]["questions"])
+            for name, key in (("HSR", "hard"), ("SSR", "soft")):
+                rates = []
+                for level in range(1, 6):
+                    share = mean([verdict[key] for item, verdict in chosen if item["row"]["level"] == level])
+                    rates.append(None if share is None else round(share * 100, 2))
+                metrics[f"{language}.{kind}.{name}"] = rates if chosen else None
+            runs = {}  # example -> its hard verdicts by level
+            for item, verdict in chosen:
+                runs.setdefault(item["group"], {})[item["row"]["level"]] = verdict["hard"]
+            streaks = [next(level for level in range(1, 7) if run.get(level) != 1) - 1 for run in runs.values()]
+            csl = mean(streaks)
+            metrics[f"{language}.{kind}.CSL"] = None if csl is None else round(csl, 1)
+        official += [mean(metrics[f"{language}.{kind}.HSR"] or []) for kind in FOLLOWBENCH_TYPES]
+        # Table 1: the mean of six; CSL is scaled by 3.68; the five types that the authors' aggregator averages.
+        judged = [kind for kind in FOLLOWBENCH_TYPES if kind != "example"]
+        csl = mean([metrics[f"{language}.{kind}.CSL"] for kind in judged])
+        raif += [None if csl is None else 100 * csl / 3.68]
+        raif += [mean([mean(metrics[f"{language}.{kind}.{name}"] or []) for kind in judged])
+                 for name in ("HSR", "SSR")]
+    return metrics | {"headline": mean(raif if protocol == "raif" else official)}
+
+
+# InFoBench. The first reply that cannot be read counts as no and ends the item; the rest of it is not asked.
+
+
+def read_infobench(reply):
+    """True, False or None (cannot be read)."""
+    if reply.lower().startswith("yes"):
+        return True
+    if reply.lower().startswith("no"):
+        return False
+    return None if ("YES" in reply) == ("NO" in reply) else "YES" in reply
+
+
+def infobench_verdict(item, answer, replies, protocol):
+    if answer is None and protocol != "corrected":
+        return {"left_out": True}
+    met, judged, unparsable = [], 0, 0
+    for k in item["questions"]:
+        if k not in replies:
+            break
+        value = read_infobench(replies[k])
+        judged, unparsable = judged + 1, unparsable + (value is None)
+        met.append(value is True)
+        if value is None:
+            break
+    if protocol == "corrected":  # every question of every item counts
+        met += [False] * (len(item["questions"]) - len(met))
+    return {"met": met, "judged": judged, "unparsable": unparsable}
+
+
+def infobench_metrics(rows, protocol):
+    metrics = {}
+    for name, subset in (("drfr", None), ("easy", "Easy_set"), ("hard", "Hard_set")):
+        metrics[name] = mean([met for item, verdict in rows if subset in (None, item["row"]["subset"])
+                              for met in verdict.get("met", [])])
+    return metrics | {"headline": percent_of(metrics["drfr"])}
+
+
+class Benchmark(typing.NamedTuple):
+    title: str  # as in Table 1
+    load: typing.Callable  # (benchmark folder) -> items
+    verdict: typing.Callable
+    aggregate: typing.Callable
+
+
+BENCHMARKS = {
+    "ifeval": Benchmark("IFEval", load_ifeval, ifeval_verdict, ifeval_metrics),
+    "cello": Benchmark("CELLO", load_cello, cello_verdict, cello_metrics),
+    "cfbench": Benchmark("CF Bench", load_cfbench, cfbench_verdict, cfbench_metrics),
+    "complexbench": Benchmark("Complex Bench", load_complexbench, complexbench_verdict, complexbench_metrics),
+    "fb-bench": Benchmark("FB Bench", load_fbbench, fbbench_verdict, fbbench_metrics),
+    "followbench": Benchmark("Follow Bench", load_followbench, followbench_verdict, followbench_metrics),
+    "infobench": Benchmark("Info Bench", load_infobench, infobench_verdict, infobench_metrics),
+}
+PROTOCOLS = ("official", "raif", "corrected")  # the authors' own; with RAIF's headline; with their slips corrected
+
+
+def score_answers(name, rows, protocol):
+    """(metrics with `n`, verdicts) of recorded answers; a row is (item, answer or None, {question: raw reply})."""
+    benchmark = BENCHMARKS[name]
+    judged = [(item, benchmark.verdict(item, answer, replies, protocol)) for item, answer, replies in rows]
+    n = {"asked": len(rows), "answered": sum(answer is not None for _, answer, _ in rows)}
+    n |= {key: sum(verdict.get(key, 0) for _, verdict in judged) for key in ("judged", "unparsable")}
+    return {**benchmark.aggregate(judged, protocol), "n": n}, judged
+
+
+def read_responses(name, path, items):
+    """(item, response or None) for each row of a response file, in its order."""
+    known, rows, seen = {item["id"]: item for item in items}, [], {}
+    for number, row in rewards.json_lines(path):
+        checked(path, number, row, id=(str, int))
+        key = str(row["id"])
+        if key not in known:
+            raise InputError(f"{path}:{number}: field 'id': {key!r} is not in {name}; README, \"Scoring recorded "
+                             "answers\", says what the ids are")
+        if "response" not in row or not isinstance(row["response"], str | None):
+            raise InputError(f"{path}:{number}: field 'response': missing or not a text; give the answer, or null for "
+                             "not answered")
+        if key in seen and name != "cello":  # whose published files repeat one id; there rows count
+            raise InputError(f"{path}:{number}: field 'id': {key!r} is already in line {seen[key]}; keep one of them")
+        seen[key] = number
+        rows.append((known[key], row["response"]))
+    return rows
+
+
+def read_judgements(name, path, items):
+    """{id: {question: raw reply}} of a judgement file."""
+    known, replies = {item["id"]: item for item in items}, {}
+    for number, row in rewards.json_lines(path):
+        checked(path, number, row, id=(str, int), reply=(str, type(None)))
+        key, question = str(row["id"]), row.get("question")
+        if key not in known:
+            raise InputError(f"{path}:{number}: field 'id': {key!r} is not in {name}; remove the row")
+        asked = known[key]["questions"]
+        if type(question) not in (int, type(None)) or question not in asked:
+            form = f"a number from 0 to {len(asked) - 1}" if asked and asked != [None] else "null" if asked else \
+                "no row: this item is scored by rule"
+            raise InputError(f"{path}:{number}: field 'question': {question!r} is not asked of {key!r}; give {form}")
+        if question in replies.setdefault(key, {}):
+            raise InputError(f"{path}:{number}: field 'question': a second reply for {key!r}, {question!r}; keep one")
+        if row["reply"] is not None:
+            replies[key][question] = row["reply"]
+    return replies
+
+
+def score_files(cfg):
+    """--score: metrics of recorded answers, without a model."""
+    if cfg.score not in BENCHMARKS:
+        raise InputError(f"--score {cfg.score}: unknown; give one of {', '.join(BENCHMARKS)}")
+    if cfg.protocol not in PROTOCOLS:
+        raise InputError(f"--protocol {cfg.protocol}: unknown; give one of {', '.join(PROTOCOLS)}")
+    if not cfg.benchmark_dir or not cfg.responses:
+        raise InputError("--score: give --benchmark-dir, the folder with the benchmarks' files, and --responses, a "
+                         "file of {\"id\": ..., \"response\": ...} rows")
+    items = BENCHMARKS[cfg.score].load(Path(cfg.benchmark_dir))
+    responses = read_responses(cfg.score, cfg.responses, items)
+    replies = read_judgements(cfg.score, cfg.judgements, items) if cfg.judgements else {}
+    if not cfg.judgements and any(item["questions"] and response is not None for item, response in responses):
+        raise InputError(f"--judgements: {cfg.score} is scored from a judge's replies; give a file of "
+                         "{\"id\": ..., \"question\": ..., \"reply\": ...} rows")
+    if unused := len(replies.keys() - {item["id"] for item, _ in responses}):
+        print(f"{cfg.judgements}: {unused} ids are not among the responses; not used", file=sys.stderr)
+    rows = [(item, None if response is None else answer_text(response, cfg.family), replies.get(item["id"], {}))
+            for item, response in responses]
+    metrics, _ = score_answers(cfg.score, rows, cfg.protocol)
+    return {"benchmark": cfg.score, "protocol": cfg.protocol, **metrics}
 
 
 # ---------------------------------------------------------------- producing a row
@@ -535,6 +1522,9 @@ def write_report(cfg, records, rows, benchmark_path):
 
 def main(argv=None):
     cfg = parse_flags(Config, argv)
+    if cfg.score:
+        print(json.dumps(score_files(cfg), ensure_ascii=False))
+        return
     if cfg.judge_agreement:
         judge = make_judge(cfg.judge, cfg.judge_url, precision=cfg.precision, cache=Path(cfg.run) / "judge_cache")
         if judge is None:
