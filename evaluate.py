@@ -214,7 +214,7 @@ def judge_agreement(judge, path, limit=0):
 def checked(path, number, row, **kinds):
     """`row` if it is an object with these fields of these types, else InputError `file:number: field ...`."""
     for name, kind in kinds.items():
-        if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+        if not isinstance(row, dict) or name not in row or not isinstance(row[name], kind):
             names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
             raise InputError(f"{path}:{number}: field {name!r}: missing or of another type; this benchmark's file has "
                              f"{names} there (--prepare downloads the files)")
@@ -301,7 +301,7 @@ def load_followbench(folder):
     for language, name in (("en", "data"), ("zh", "data_zh")):
         for kind in FOLLOWBENCH_TYPES:
             path = folder / "followbench" / name / f"{kind}_constraints.json"
-            if not path.parent.is_dir():
+            if not path.exists():
                 continue
             steps = {}  # example -> its instructions of level 0, 1, ..., as the judge is shown them
             for _, row in json_rows(path, example_id=int, level=int, instruction=str, source=str, category=str):
@@ -313,8 +313,8 @@ def load_followbench(folder):
                                                 [] if by_rule else [None], group, kind=kind,
                                                 steps=steps[row["example_id"]][:]))
     if not items:
-        raise InputError(f"{folder / 'followbench'}: neither data/ nor data_zh/ is there; --benchmark-dir is the "
-                         "folder that holds followbench/")
+        raise InputError(f"{folder / 'followbench'}: no data/*_constraints.json or data_zh/*_constraints.json there; "
+                         "--benchmark-dir is the folder that holds followbench/")
     return items
 
 

@@ -20,6 +20,7 @@ from evaluate import (
     score_answers,
     span_list,
 )
+from rewards import InputError
 
 
 def rows_of(path):
@@ -178,3 +179,182 @@ def test_followbench_judge_replies_and_tables(cases, files, language):
 def test_infobench_replies(cases):
     for case in rows_of(cases / "infobench" / "reply_cases.jsonl"):
         assert [read_infobench(case["judge_reply"])] == case["eval"], case
+
+
+# ------------------------------------------------------------------------------------------------ own cases
+
+OWN = evaluate.data_dir / "benchmarks"  # a few records of each benchmark's form, written for this project
+
+
+def score_own(tmp_path, capsys, name, responses, judgements=None, *flags):
+    """What `evaluate.py --score` prints for these rows on the project's own sample."""
+    files = []
+    for flag, rows in (("--responses", responses), ("--judgements", judgements)):
+        if rows is not None:
+            path = tmp_path / f"{flag[2:]}.jsonl"
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+            files += [flag, str(path)]
+    evaluate.main(["--score", name, "--benchmark-dir", str(OWN), *files, *flags])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def answers(**texts):
+    return [{"id": key.lstrip("_"), "response": text} for key, text in texts.items()]
+
+
+def test_ifeval_own(tmp_path, capsys):
+    rows = answers(_1="Tea is warm and kind and it keeps me awake at night friends",
+                   _2="<think>\na title\n</think>\n<answer>\nSure:\n<<Rain>>\n</answer>", _3="- a\n- b", _4=None)
+    result = score_own(tmp_path, capsys, "ifeval", rows)
+    assert result["prompt_strict"] == 2 / 4 and result["instruction_strict"] == 3 / 6
+    assert result["n"] == {"asked": 4, "answered": 3, "judged": 0, "unparsable": 0}
+    rows[0]["response"] = "Sure:\n- Nile\n- Rhine\n- Po\n- Done\n"
+    rows[0]["id"] = 3
+    rows = [rows[0]]  # a file may hold a part; four bullets fail, three are left of the loose variant
+    result = score_own(tmp_path, capsys, "ifeval", rows, None, "--protocol", "raif")
+    assert (result["prompt_strict"], result["prompt_loose"], result["headline"]) == (0, 0, 0)
+
+
+def test_cello_own(tmp_path, capsys):
+    ids = [key * 8 for key in ("e1a2b3c4", "b1b2b3b4", "c1d2c3d4")]
+    texts = ["{'时间': '三点', '地点': '图书馆'}", "周末爬山1 2 3 4 6", "茶" * 60]
+    rows = [{"id": key, "response": text} for key, text in zip(ids, texts, strict=True)]
+    official = score_own(tmp_path, capsys, "cello", rows)
+    assert official["tasks"]["extraction"] == pytest.approx(1, abs=0.05)  # format 1, query 1 x (1 - BLEU)
+    assert official["tasks"]["brainstorming_single_round"] == 1  # words come first: samples are not asked
+    assert official["tasks"]["writing_multi_rounds"] == 1  # the revision is compared with itself
+    corrected = score_own(tmp_path, capsys, "cello", rows, None, "--protocol", "corrected")
+    assert corrected["tasks"]["writing_multi_rounds"] == 0.5  # 60 characters are not shorter
+    rows += [{"id": ids[0], "response": None}] * 2  # rows count; no answer is 0 on all four criteria
+    repeated = score_own(tmp_path, capsys, "cello", rows)
+    assert repeated["n"]["asked"] == 5 and repeated["n"]["answered"] == 3
+    assert repeated["tasks"]["extraction"] == pytest.approx((1 / 3 + 0.33 + 0 + 0) / 4, abs=0.05)
+
+
+@pytest.mark.parametrize("protocol, csr, psr", [("official", 1.0, 1.0), ("corrected", 0.67, 0.0)])
+def test_cfbench_fallback_keeps_zeros_only_when_corrected(tmp_path, capsys, protocol, csr, psr):
+    reply = "介绍了雨伞\t1\n只有两句话\t0\n语气正式\t1"  # single line breaks: the strict parse fails
+    result = score_own(tmp_path, capsys, "cfbench", answers(_0="雨伞。"),
+                       [{"id": 0, "question": None, "reply": reply}], "--protocol", protocol)
+    assert (result["CSR"], result["PSR"], result["CSR_easy"], result["CSR_hard"]) == (csr, psr, csr, None)
+    assert result["n"] == {"asked": 1, "answered": 1, "judged": 1, "unparsable": 1}
+
+
+def test_cfbench_primary_point_decides(tmp_path, capsys):
+    reply = "是请假邮件\t1\n\n有称呼\t1\n\n写明原因\t0\n\n有落款\t1"
+    judgements = [{"id": "1", "question": None, "reply": reply}]
+    result = score_own(tmp_path, capsys, "cfbench", answers(_1="请假", _0=None), judgements, "--protocol", "raif")
+    assert (result["CSR_hard"], result["ISR_hard"], result["PSR_hard"]) == (0.75, 0, 0)
+    assert (result["CSR"], result["CSR_easy"]) == (0.38, 0)  # no answer and no judgement: 0
+    assert result["headline"] == pytest.approx(100 * 0.38 / 3)
+
+
+def test_complexbench_own(tmp_path, capsys):
+    rows = answers(_3="3+4=7，7*2=14，结果是14。", _4="鲸是哺乳动物，不是鱼。", _5=None)
+    replies = [(3, 0, "分析：没有\n答案：否"), (3, 1, "评分对象：all"), (3, 2, "答案：是"), (4, 0, "答案：是"),
+               (4, 1, "评分对象：鲸是哺乳动物，不是鱼。"), (5, 0, "说不清")]
+    judgements = [{"id": key, "question": k, "reply": reply} for key, k, reply in replies]
+    result = score_own(tmp_path, capsys, "complexbench", rows, judgements)
+    # 3: question 0 is false and takes 1 down; 2 hangs on 1, whose own verdict is true, so it stays: one step only.
+    assert result["Chain_2"] == pytest.approx(1 / 3) and result["Selection_1"] == 2 / 4
+    assert result["drfr"] == pytest.approx(3 / 7)
+    assert result["coherent"]["single_origin"] == 0.5 and result["coherent"]["single_coherent"] == 0
+    assert result["n"] == {"asked": 3, "answered": 2, "judged": 6, "unparsable": 1}
+
+
+@pytest.mark.parametrize("rule, spans, met", [
+    ("model_length:[2,4]", ["“完成了”"], True), ("model_length:[2,4]", ["“完成了吗”"], True),
+    ("model_length:[2,4]", ["完成了没有"], False), ("model_length:[2,4]", [], False),
+    ("model_length_each:[1,2]", ["字字", "", "字字字"], False), ("model_length_word:[2,2]", ["two words"], True),
+    ("model_number_each:[2,3]", ["a", "b"], True), ("model_keyword_num:[1,1,a,b]", ["a b"], False),
+    ("model_forbidden_word:[坏]", [], True), ("model_not_endswith:完", [""], True),
+    ("model_startswith:你好,", ["你好，世界"], True),  # ASCII marks are mapped to full width on both sides
+    ("model_keyword:[你好,世界]", ["你好,世界"], True),  # two words here, and the answer is not mapped
+    ("model_keyword:[好!]", ["好!"], False), ("endswith:完", ["写完。"], True), ("endswith:完", ["写完！"], False),
+    ("match:完成", ["完成。"], True), ("Json:[\"a\"]", ["x {\"a\": 1} y"], True),
+    ("Json:[\"a\"]", ["{\"b\": 1}"], False),
+    ("forbidden_word:[坏]", ["今天None坏"], True), ("constraint_punc:[。]", ["一，二。"], False),
+    ("keyword:[好]\nforbidden_word:[坏]", ["好"], 2), ("model_new:[1]", ["a"], 2), ("each_new:[1]", ["a"], 2),
+    ("model_startswith:开\nmodel_endswith:完", ["开始到写完"], True),
+    ("model_starts_with_list_each:[a,b]", ["ax"], False),
+    ("model_endswith_each:。", ["一。", "二", "三"], False), ("model_endswith_each:。", ["一。", "二。", "三"], True),
+])
+def test_complexbench_rules_own(rule, spans, met):
+    assert complexbench_rule(rule, spans) == met
+
+
+def point(met, weight):
+    return {"评判理由": "因为", "评判结果": "是" if met else "否", "weight": weight}
+
+
+def test_fbbench_own(tmp_path, capsys):
+    rows = answers(_0="144", _1="Good morning", _2="7是质数")
+    replies = [{"a": point(True, 0.6), "b": point(False, 0.4)}, {"a": point(True, 2)},
+               {"a": point(False, None), "b": point(True, None)}]
+    judgements = [{"id": k, "question": None, "reply": json.dumps(reply)} for k, reply in enumerate(replies)]
+    result = score_own(tmp_path, capsys, "fb-bench", rows, judgements)
+    assert (result["error_correction"], result["response_maintenance"], result["overall"]) == (60, 100, 80)
+    assert result["n"]["unparsable"] == 1 and "734" in result["notes"][0]  # a weight of 2: the item is left out
+    corrected = score_own(tmp_path, capsys, "fb-bench", rows, judgements, "--protocol", "corrected")
+    assert corrected["error_correction"] == 30
+
+
+def test_followbench_own(tmp_path, capsys):
+    rows = [{"id": f"en/content/1/{level}", "response": "…"} for level in range(1, 6)]
+    rows += [{"id": f"en/content/2/{level}", "response": "name[The Blue Cup], eatType[cafe]" + "." * (level > 2)}
+             for level in range(1, 6)]
+    rows += [{"id": f"en/example/1/{level}", "response": "Answer: 5" if level < 3 else None} for level in range(1, 6)]
+    rows += [{"id": f"zh/mixed/1/{level}", "response": "今天在下大雨了啊"} for level in range(1, 6)]
+    replies = ["fine\n['YES']", "['YES', 'NO']", "sorry", "['YES', 'YES', 'YES', 'YES']", "['YES'] * 5"]
+    judgements = [{"id": f"en/content/1/{k}", "question": None, "reply": text} for k, text in enumerate(replies, 1)]
+    result = score_own(tmp_path, capsys, "followbench", rows, judgements)
+    assert result["en.content.HSR"] == [100, 50, -50, 50, -50] and result["en.content.SSR"] == [100, 75, -50, 50, -50]
+    assert result["en.content.CSL"] == 1.5 and result["en.example.HSR"] == [100, 100, 0, 0, 0]
+    assert result["zh.mixed.HSR"] == [100] * 5 and result["zh.mixed.CSL"] == 5 and result["zh.style.HSR"] is None
+    assert result["n"] == {"asked": 20, "answered": 17, "judged": 5, "unparsable": 2}
+    corrected = score_own(tmp_path, capsys, "followbench", rows, judgements, "--protocol", "corrected")
+    assert corrected["en.content.HSR"] == [100, 50, 0, 50, 0]
+
+
+@pytest.mark.parametrize("text, language, level, read", [
+    ("```\n['YES', 'NO']\n```", "en", 2, (0, 0.5)), ("[YES, NO]", "en", 2, None), ("[YES, NO]", "zh", 2, (0, 0.5)),
+    ("['YES', 'N/A']", "en", 2, (0, 0.5)), ("['YES', 'N/A']", "zh", 2, None), ("YES NO", "en", 1, (1, 1.0)),
+    ("[“YES”, “YES”]", "zh", 2, (1, 1.0)), ("['YES', 'YES', 'NO']", "zh", 2, (1, 1.0)), ("yes", "en", 1, None),
+    ("['YES', 'YES', 'NO']", "en", 2, None), ("['YES', 'YES']\nThanks", "en", 2, None),
+    ("[['YES'], 1]", "en", 2, None),
+])
+def test_followbench_replies_own(text, language, level, read):
+    assert read_levels(text, level, language) == read
+
+
+def test_infobench_own(tmp_path, capsys):
+    rows = answers(own_task_1="Sorry.", own_task_2=None)
+    judgements = [{"id": "own_task_1", "question": k, "reply": reply}
+                  for k, reply in enumerate(["Yes.", "Maybe", "YES"])]
+    result = score_own(tmp_path, capsys, "infobench", rows, judgements)
+    assert (result["drfr"], result["easy"], result["hard"]) == (0.5, 0.5, None)  # the first None ends the item
+    assert result["n"] == {"asked": 2, "answered": 1, "judged": 2, "unparsable": 1}
+    assert score_own(tmp_path, capsys, "infobench", rows, judgements, "--protocol", "corrected")["drfr"] == 1 / 5
+
+
+@pytest.mark.parametrize("text, read", [("yesterday", True), ("No doubt: YES", False), ("The answer is YES", True),
+                                        ("UNKNOWN", False), (" yes", None), ("YES and NO", True), ("", None)])
+def test_infobench_replies_own(text, read):
+    assert read_infobench(text) is read
+
+
+@pytest.mark.parametrize("name, responses, judgements, said", [
+    ("ifeval", [{"id": 1}], None, "responses.jsonl:1: field 'response'"),
+    ("ifeval", [{"id": 9, "response": "x"}], None, "responses.jsonl:1: field 'id': '9'"),
+    ("ifeval", [{"response": "x"}], None, "field 'id'"),
+    ("ifeval", answers(_1="x") * 2, None, "responses.jsonl:2: field 'id'"),
+    ("cfbench", answers(_0="x"), None, "--judgements"),
+    ("cfbench", answers(_0="x"), [{"id": 0, "question": 1, "reply": "x"}], "judgements.jsonl:1: field 'question'"),
+    ("infobench", answers(own_task_1="x"), [{"id": "own_task_1", "question": 3, "reply": "x"}], "from 0 to 2"),
+    ("infobench", answers(own_task_1="x"), [{"id": "own_task_1", "question": 0}], "field 'reply'"),
+    ("nobench", answers(_1="x"), None, "--score nobench"),
+])
+def test_bad_rows_are_named(tmp_path, capsys, name, responses, judgements, said):
+    with pytest.raises(InputError) as error:
+        score_own(tmp_path, capsys, name, responses, judgements)
+    assert said in str(error.value) and "\n" not in str(error.value)
