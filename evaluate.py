@@ -23,8 +23,9 @@ import string
 import sys
 import time
 import typing
+import urllib.request
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from tqdm import tqdm
 
 import rewards
 from model import (
+    Endpoint,
     append_jsonl,
     compute_dtype,
     data_dir,
@@ -47,6 +49,7 @@ from model import (
     pad_right,
     parse_flags,
     read_jsonl,
+    record_seed,
     render_prompt,
     token_batches,
     token_logprobs,
@@ -55,25 +58,33 @@ from model import (
 )
 from rewards import InputError
 
-METHODS = {"io": "I/O", "cot": "CoT", "direct": "Direct", "sdc": "SDC"}  # inference method -> default label of its row
-ROW_ORDER = ["I/O", "CoT", "SDC", "Direct", "SFT", "Ours"]  # further labels follow in alphabetical order
+# Inference method -> default label of its row. The last three are baselines of Table 2: self-consistency, self-refine,
+# oracle decomposition.
+METHODS = {"io": "I/O", "cot": "CoT", "direct": "Direct", "sdc": "SDC", "sc": "SC", "sr": "SR", "od": "OD"}
+ROW_ORDER = ["I/O", "CoT", "SDC", "Direct", "OD", "SC", "SR", "SFT", "Ours"]  # further labels: in alphabetical order
 SPLITS = ["all", "in-distribution", "ood"]
 
 
 @dataclass
 class Config:
     model: str = ""  # evaluate one row: smollm2-135m, a local folder or a hub name (default: the four rows)
-    method: str = ""  # how the one row is produced: io, cot, direct or sdc (default: cot)
+    method: str = ""  # how the one row is produced: io, cot, direct, sdc, sc, sr or od (default: cot)
     label: str = ""  # name of the one row in the tables (default: the name of its method)
-    benchmarks: str = ""  # record file (default: runs/evolve/heldout.jsonl, or else the shipped data/heldout.jsonl)
+    benchmarks: str = ""  # ifeval,cello,... or a record file (default: runs/evolve/ or data/ heldout.jsonl)
     run: str = "runs/evaluate"  # folder of the report; rows of earlier calls in it stay in the tables
     base_model: str = "smollm2-135m"  # model of the rows I/O and CoT, and the judge of perplexity
     sft_model: str = "runs/sft/model"  # model of the row SFT
     ours_model: str = "runs/grpo/model"  # model of the row Ours
     family: str = "cold"  # answer format: cold (think and answer tags) or warm (think tags only)
     max_new_tokens: int = 160  # token limit of every generated turn, the same for all rows of a report
+    model_url: str = ""  # OpenAI-compatible server that answers as --model, e.g. http://localhost:8000/v1
+    thought_model: str = ""  # sdc: take the thoughts from this model, the answers from --model
+    samples: int = 10  # sc: answers per prompt, at temperature 1
+    refine_turns: int = 5  # sr: at most this many improvements after the first answer
     judge: str = ""  # model that answers yes/no questions: as for --model, or the name it is served under
     judge_url: str = ""  # OpenAI-compatible server of the judge, e.g. http://localhost:8000/v1 (default: load it here)
+    judge_tokens: int = 1024  # token limit of a benchmark judge's reply
+    judge_tries: int = 3  # how often a benchmark judge is asked until its reply can be read
     judge_agreement: str = ""  # JSONL of {instruction, answer, question, label: true|false}: measure the judge on it
     limit: int = 0  # evaluate only this many records, spread evenly over the file (0 = all)
     chunk: int = 64  # prompts generated between two writes of the row file; a killed run loses at most these
@@ -82,7 +93,10 @@ class Config:
     precision: str = "auto"  # auto, bf16 or fp32
     perplexity_items: int = 64  # answers per row whose perplexity under the base model is measured (0 = none)
     score: str = ""  # score recorded answers, without a model: ifeval, cello, cfbench, complexbench, fb-bench, ...
-    benchmark_dir: str = ""  # folder that holds ifeval/, cello/ and so on, the authors' own files
+    benchmark_dir: str = "benchmarks"  # folder that holds ifeval/, cello/ and so on, the authors' own files
+    prepare: bool = False  # download the files of --benchmarks (default: all) into --benchmark-dir, and check them
+    table: str = ""  # print a table of the paper beside ours from --runs: 1, 2, ablation or 5
+    runs: str = ""  # run folders of --table, separated by commas (default: --run)
     responses: str = ""  # with --score: JSONL of {"id": ..., "response": text or null}
     judgements: str = ""  # with --score: JSONL of {"id": ..., "question": number or null, "reply": a judge's raw text}
     protocol: str = "official"  # official, raif (official with the headline of RAIF's Table 1) or corrected
@@ -208,7 +222,7 @@ def judge_agreement(judge, path, limit=0):
 # Each benchmark is three functions: `load` reads the authors' own files into items, `verdict` judges one answer from
 # the raw judge replies, `aggregate` turns the verdicts into the published metrics. An item has id, messages (what the
 # model sees), language, group (resampled together), questions (what a judge is asked: [] nothing, [None] once,
-# [0, 1, ...] once each) and row (the authors' record).
+# [0, 1, ...] once each), row (the authors' record) and, where the record has them, plan (its sub-questions).
 
 
 def checked(path, number, row, **kinds):
@@ -248,6 +262,10 @@ def load_ifeval(folder, path="ifeval/input_data.jsonl"):
     return [benchmark_item(row["key"], row["prompt"], "en", row) for row in rows]
 
 
+def load_ifbench(folder):
+    return load_ifeval(folder, "ifbench/IFBench_test.jsonl")
+
+
 def load_cello(folder):
     paths, items = sorted((folder / "cello").glob("*.json")), []
     if not paths:
@@ -258,13 +276,13 @@ def load_cello(folder):
         for _, row in json_rows(path, Instruction=str, Instruction_id=str, lang=str, **criteria):
             turns = [text for pair in row["histories"] for text in pair] + [row["Instruction"]]
             messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
-            items.append(benchmark_item(row["Instruction_id"], messages, "zh", row, task=path.stem))
+            items.append(benchmark_item(row["Instruction_id"], messages, "zh", row, file=path.stem))
     return items
 
 
 def load_cfbench(folder):
     kinds = {"idx": (int, str), "prompt": str, "split": str, "criteria": list}
-    return [benchmark_item(row["idx"], row["prompt"], "zh", row, [None])
+    return [benchmark_item(row["idx"], row["prompt"], "zh", row, [None], plan=[entry[0] for entry in row["criteria"]])
             for _, row in json_rows(folder / "cfbench" / "cfbench_data.json", **kinds)]
 
 
@@ -278,7 +296,8 @@ def load_complexbench(folder):
                 raise InputError(f"{path}:{number}: field 'dep': {question['dep']} are not positions of questions; "
                                  "--prepare downloads the file anew")
     return [benchmark_item(row["main_id"], row["instruction"], "zh", row, range(len(row["scoring_questions"])),
-                           group=row.get("group")) for _, row in rows]
+                           group=row.get("group"), plan=[question["question"] for question in row["scoring_questions"]])
+            for _, row in rows]
 
 
 def load_fbbench(folder):
@@ -289,7 +308,8 @@ def load_fbbench(folder):
     for number, row in json_rows(path, **kinds):
         messages = [{"role": role, "content": row[name]} for role, name in
                     (("user", "user_query"), ("assistant", "origin_first_response"), ("user", "feedback"))]
-        items.append(benchmark_item(number - 1, messages, "zh", row, [None]))
+        plan = [point if isinstance(point, str) else point[0] for point in row["checklist"]]
+        items.append(benchmark_item(number - 1, messages, "zh", row, [None], plan=plan))
     return items
 
 
@@ -323,7 +343,8 @@ def load_infobench(folder):
     for number, row in rewards.json_lines(path):  # JSON Lines in spite of its name
         checked(path, number, row, id=(str, int), instruction=str, input=str, subset=str, decomposed_questions=list)
         prompt = row["instruction"] + (f"\n{row['input']}" if row["input"] else "")
-        items.append(benchmark_item(row["id"], prompt, "en", row, range(len(row["decomposed_questions"]))))
+        questions = row["decomposed_questions"]
+        items.append(benchmark_item(row["id"], prompt, "en", row, range(len(questions)), plan=questions))
     return items
 
 
@@ -359,6 +380,33 @@ def ifeval_metrics(rows, protocol):
         for name, met in zip(item["row"]["instruction_id_list"], verdict["strict"], strict=True):
             kinds.setdefault(name, []).append(met)
     return metrics | {"kinds": {name: mean(kinds[name]) for name in sorted(kinds)}}
+
+
+def known_constraint(name, kwargs):
+    """Can rewards.check score it? (IFBench: kinds that CONSTRAINTS has not are reported as not scored.)"""
+    try:
+        rewards.check(name, kwargs, "x")
+    except ValueError:
+        return False
+    return True
+
+
+def ifbench_verdict(item, answer, replies, protocol):
+    checks = zip(item["row"]["instruction_id_list"], item["row"]["kwargs"], strict=True)
+    known = [(name, kwargs) for name, kwargs in checks if known_constraint(name, kwargs)]
+    row = {"instruction_id_list": [name for name, _ in known], "kwargs": [kwargs for _, kwargs in known]}
+    names = item["row"]["instruction_id_list"]
+    return ifeval_verdict({"row": row}, answer, replies, protocol) | {"row": row, "unknown": set(names) - {
+        name for name, _ in known}, "all": len(names)}
+
+
+def ifbench_metrics(rows, protocol):
+    covered = [({"row": verdict["row"]}, verdict) for _, verdict in rows if len(verdict["strict"]) == verdict["all"]]
+    metrics, asked = ifeval_metrics(covered, "official"), sum(verdict["all"] for _, verdict in rows)
+    names = ("prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose")
+    return metrics | {"headline": percent_of(mean([metrics[name] for name in names])),
+                      "not_scored": sorted(set().union(*(verdict["unknown"] for _, verdict in rows))),
+                      "share_scored": sum(len(verdict["strict"]) for _, verdict in covered) / asked if asked else None}
 
 
 def percent_of(share):
@@ -476,8 +524,8 @@ def cello_verdict(item, answer, replies, protocol):
 
 def cello_metrics(rows, protocol):
     tasks, criteria = {}, {}
-    for task in sorted({item["task"] for item, _ in rows}):
-        scores = [verdict["scores"] for item, verdict in rows if item["task"] == task]
+    for task in sorted({item["file"] for item, _ in rows}):
+        scores = [verdict["scores"] for item, verdict in rows if item["file"] == task]
         criteria[task] = [mean(column) for column in zip(*scores, strict=True)]
         tasks[task] = mean(criteria[task])  # of the criterion means, not of the samples' own means
     structure = mean([tasks.pop(name, None) for name in ("Structure_None", "Structure_hard", "Structure_simple")])
@@ -780,46 +828,24 @@ def complexbench_verdict(item, answer, replies, protocol):
     return {"met": met, "judged": len(replies), "unparsable": unparsable}
 
 
-DIMENSIONS = {
-    "Lexical": ("Word Matching", "Keywords"),
-    "Structure": ("JSON Format", "Markdown Format", "Bullets Format", "Length", "Start with", "End with",
-                  "Punctuation", "Template"),
-    "Semantic": ("Language Style", "Personalization", "Topic", "Sentiment"),
-    "Utility": ("Helpfulness", "Target Language", "Supportiveness", "Consistency", "Factuality"),
-}
-
-
 def complexbench_metrics(rows, protocol):
-    by, groups = {}, {}  # (table, name) -> values; group of items -> items in order
+    values, groups = {}, {}  # category, its parts and all -> verdicts; group of items -> [(record, all hold?), ...]
     for item, verdict in rows:
-        row = item["row"]
-        for value in verdict["met"]:
-            keys = [("drfr", ""), ("category", row["category"]), ("prefix", row["category"].split("_")[0]),
-                    ("task", row.get("task_types", "")), ("composition", "_".join(sorted(row["composition_types"])))]
-            for key in keys:
-                by.setdefault(key, []).append(value is True)
-        for value, question in zip(verdict["met"], row["scoring_questions"], strict=True):
-            for name in question["constraint_dimensions"]:
-                family = next((family for family, names in DIMENSIONS.items() if name in names), "Others")
-                for key in (("dimension", name), ("family", family)):
-                    by.setdefault(key, []).append(bool(value))  # UNKNOWN counts as true in these tables
-            for name in question["composition_types"]:
-                by.setdefault(("question", name), []).append(bool(value))
-        groups.setdefault(item["group"], []).append((item, verdict))
-    tables = {}
-    for (table_name, name), values in sorted(by.items()):
-        tables.setdefault(table_name, {})[name] = mean(values)
+        category = item["row"]["category"]
+        for key in dict.fromkeys(("drfr", category, category.rsplit("_", 1)[0], category.split("_")[0])):
+            values.setdefault(key, []).extend(met is True for met in verdict["met"])
+        held = all(met is not False for met in verdict["met"])
+        groups.setdefault(item["group"], []).append((item["row"], held))
+    shares = {key: mean(values[key]) for key in sorted(values)}
     coherent = {}  # groups whose first item has one Selection question, or several; a group holds if all its items do
     for name, depths in (("single", (1,)), ("multiple", range(2, 100))):
-        chosen = [[all(value is not False for value in verdict["met"]) for _, verdict in group]
-                  for group in groups.values() if sum("Selection" in question["composition_types"] for question in
-                                                      group[0][0]["row"]["scoring_questions"]) in depths]
+        chosen = [[held for _, held in group] for group in groups.values() if sum(
+            "Selection" in question["composition_types"] for question in group[0][0]["scoring_questions"]) in depths]
         origin, whole = mean([held for group in chosen for held in group]), mean([all(group) for group in chosen])
         coherent |= {f"{name}_origin": origin, f"{name}_coherent": whole,
                      f"{name}_relative_drop": (origin - whole) / origin if origin else None}
-    overall = tables.pop("drfr", {}).get("")
-    return {"drfr": overall, **tables.get("category", {}), "headline": percent_of(overall),
-            "tables": {name: tables[name] for name in tables if name != "category"}, "coherent": coherent}
+    # "Selection" pools Selection and Selection_and_Chain, as the authors do.
+    return {"drfr": None, **shares, "headline": percent_of(shares.get("drfr")), "coherent": coherent}
 
 
 # FB-Bench. The weights are those the judge repeats, not the data's; points may be missing, added or reworded.
@@ -1089,21 +1115,87 @@ def infobench_metrics(rows, protocol):
     return metrics | {"headline": percent_of(metrics["drfr"])}
 
 
+# What a judge is asked, in our own words (data/prompts/bench_*.txt), by the authors' protocol.
+
+
+def prompt_text(name, **parts):
+    template = (data_dir / "prompts" / f"{name}.txt").read_text(encoding="utf-8").strip()
+    return re.sub(r"\{(\w+)\}", lambda slot: str(parts[slot[1]]), template)
+
+
+def from_user(text):
+    return [{"role": "user", "content": text}]
+
+
+def ask_cfbench(item, answer, k, replies):
+    row = item["row"]
+    return from_user(prompt_text("bench_cfbench", instruction=row["prompt"], reference=row.get("gold", ""),
+                                 answer=answer, points="\n\n".join(item["plan"])))
+
+
+def ask_complexbench(item, answer, k, replies):
+    question = item["row"]["scoring_questions"][k]
+    name = "" if question["rule"] is None else "_each" if "each" in question["rule"] else "_span"
+    # Only what the judge sees is cut; rules are run on the whole answer.
+    return from_user(prompt_text(f"bench_complexbench{name}", instruction=item["row"]["instruction"][:6000],
+                                 answer=answer[:4000], question=question["question"]))
+
+
+def ask_fbbench(item, answer, k, replies):
+    row = item["row"]
+    points = [point if isinstance(point, list) else [point, None] for point in row["checklist"]]
+    template = {text: {"评判理由": "", "评判结果": "", "weight": weight} for text, weight in points}
+    return from_user(prompt_text("bench_fbbench", user_query=row["user_query"], first=row["origin_first_response"],
+                                 feedback=row["feedback"], answer=answer, checklist="\n".join(item["plan"]),
+                                 template=json.dumps(template, ensure_ascii=False, indent=1)))
+
+
+def ask_followbench(item, answer, k, replies):
+    chinese = item["language"] == "zh"
+    kinds = {"content": "内容", "situation": "情景", "style": "风格", "format": "格式"}
+    kind = "" if item["kind"] == "mixed" else f"（{kinds[item['kind']]}）" if chinese else f" ({item['kind']})"
+    title = "【加了{}个约束的版本】" if chinese else "[Version with {} added constraints]"
+    steps = "\n\n".join(f"{title.format(level)}\n{text}" for level, text in enumerate(item["steps"]))
+    return from_user(prompt_text(f"bench_followbench.{item['language']}", kind=kind, steps=steps, answer=answer,
+                                 level=item["row"]["level"]))
+
+
+def ask_infobench(item, answer, k, replies):
+    """One conversation per item: earlier questions with the judge's own replies, then question k."""
+    first, *later = item["plan"][: k + 1]
+    given = item["row"]["input"] and f'\nGiven input:\n"{item["row"]["input"]}"\n'
+    messages = from_user(prompt_text("bench_infobench", input=given, answer=answer, question=first,
+                                     given=" and, where it matters, the given input" if given else ""))
+    for j, question in enumerate(later):
+        messages += [{"role": "assistant", "content": replies[j]}, *from_user(question)]
+    return messages
+
+
 class Benchmark(typing.NamedTuple):
     title: str  # as in Table 1
     load: typing.Callable  # (benchmark folder) -> items
-    verdict: typing.Callable
-    aggregate: typing.Callable
+    verdict: typing.Callable  # (item, answer, replies, protocol) -> dict
+    aggregate: typing.Callable  # ([(item, verdict), ...], protocol) -> metrics
+    ask: typing.Callable | None = None  # (item, answer, question, earlier replies) -> the judge's conversation
+    readable: typing.Callable | None = None  # (item, question, reply) -> can the reply be read? If not: asked again
 
 
 BENCHMARKS = {
     "ifeval": Benchmark("IFEval", load_ifeval, ifeval_verdict, ifeval_metrics),
     "cello": Benchmark("CELLO", load_cello, cello_verdict, cello_metrics),
-    "cfbench": Benchmark("CF Bench", load_cfbench, cfbench_verdict, cfbench_metrics),
-    "complexbench": Benchmark("Complex Bench", load_complexbench, complexbench_verdict, complexbench_metrics),
-    "fb-bench": Benchmark("FB Bench", load_fbbench, fbbench_verdict, fbbench_metrics),
-    "followbench": Benchmark("Follow Bench", load_followbench, followbench_verdict, followbench_metrics),
-    "infobench": Benchmark("Info Bench", load_infobench, infobench_verdict, infobench_metrics),
+    "cfbench": Benchmark("CF Bench", load_cfbench, cfbench_verdict, cfbench_metrics, ask_cfbench,
+                         lambda item, k, reply: cfbench_points(reply, item["plan"]) is not None),
+    "complexbench": Benchmark("Complex Bench", load_complexbench, complexbench_verdict, complexbench_metrics,
+                              ask_complexbench, lambda item, k, reply:
+                              item["row"]["scoring_questions"][k]["rule"] is not None or read_yes(reply)[1]),
+    "fb-bench": Benchmark("FB Bench", load_fbbench, fbbench_verdict, fbbench_metrics, ask_fbbench,
+                          lambda item, k, reply: fbbench_score(reply) is not None),
+    "followbench": Benchmark("Follow Bench", load_followbench, followbench_verdict, followbench_metrics,
+                             ask_followbench, lambda item, k, reply:
+                             read_levels(reply, item["row"]["level"], item["language"]) is not None),
+    "infobench": Benchmark("Info Bench", load_infobench, infobench_verdict, infobench_metrics, ask_infobench,
+                           lambda item, k, reply: read_infobench(reply) is not None),
+    "ifbench": Benchmark("IFBench", load_ifbench, ifbench_verdict, ifbench_metrics),  # out of distribution: Table 5
 }
 PROTOCOLS = ("official", "raif", "corrected")  # the authors' own; with RAIF's headline; with their slips corrected
 
@@ -1162,9 +1254,8 @@ def score_files(cfg):
         raise InputError(f"--score {cfg.score}: unknown; give one of {', '.join(BENCHMARKS)}")
     if cfg.protocol not in PROTOCOLS:
         raise InputError(f"--protocol {cfg.protocol}: unknown; give one of {', '.join(PROTOCOLS)}")
-    if not cfg.benchmark_dir or not cfg.responses:
-        raise InputError("--score: give --benchmark-dir, the folder with the benchmarks' files, and --responses, a "
-                         "file of {\"id\": ..., \"response\": ...} rows")
+    if not cfg.responses:
+        raise InputError("--score: give --responses, a file of {\"id\": ..., \"response\": ...} rows")
     items = BENCHMARKS[cfg.score].load(Path(cfg.benchmark_dir))
     responses = read_responses(cfg.score, cfg.responses, items)
     replies = read_judgements(cfg.score, cfg.judgements, items) if cfg.judgements else {}
@@ -1208,7 +1299,9 @@ def row_files(run, label):
 def open_row(cfg, label, model, method, benchmark):
     """(settings, finished items) of a row: those on disk if the settings are the same, else a new and empty row."""
     settings = {"label": label, "model": model, "method": method, "stamp": model_stamp(model), "benchmark": benchmark}
-    settings |= {key: getattr(cfg, key) for key in ("family", "max_new_tokens", "limit", "engine", "precision")}
+    keys = ["family", "max_new_tokens", "limit", "engine", "precision", "model_url", "thought_model"]
+    keys += {"sc": ["samples", "seed"], "sr": ["refine_turns"]}.get(method, [])
+    settings |= {key: getattr(cfg, key) for key in keys}
     items_file, settings_file = row_files(cfg.run, label)
     items = read_jsonl(items_file)
     if items:
@@ -1216,7 +1309,8 @@ def open_row(cfg, label, model, method, benchmark):
         if (old["model"], old["method"]) != (model, method):
             raise InputError(f"{settings_file}: row {label!r} holds model {old['model']} with method {old['method']}; "
                              f"pass another --label or --run")
-        changed = [key for key in settings if old[key] != settings[key]] + ["--no-resume"] * (not cfg.resume)
+        changed = [key for key in settings if old.get(key, getattr(Config, key, None)) != settings[key]]
+        changed += ["--no-resume"] * (not cfg.resume)
         if not changed:
             write_jsonl(items_file, items)  # without the last line that a killed run may have left half written
             return old, items
@@ -1228,52 +1322,109 @@ def open_row(cfg, label, model, method, benchmark):
     return settings, []
 
 
-def generate_turns(engine, tokenizer, conversations, languages, mode, cfg):
-    """Greedy assistant turns, prefill included: list of (text, truncated?)."""
+def generate_turns(engine, tokenizer, conversations, languages, mode, cfg, **sampling):
+    """n assistant turns for each conversation, prefill included: lists of (text, truncated?); greedy by default."""
+    sampling = {"n": 1, "max_tokens": cfg.max_new_tokens, "temperature": 0.0} | sampling
+    if isinstance(engine, Endpoint):  # a chat server opens no turn for us: the trigger alone asks for the thought
+        if mode != "io" and cfg.family == "cold":
+            triggers = [prompt_text(f"cot.{language}") for language in languages]
+            conversations = [[{"role": "system", "content": trigger}, *messages]
+                             for trigger, messages in zip(triggers, conversations, strict=True)]
+        seed = sampling.pop("seeds", [0])[0]
+        return [[(c.text, c.finish_reason == "length") for c in group]
+                for group in engine.chat(conversations, seed=seed, **sampling)]
     prompts = [render_prompt(tokenizer, messages, mode, family=cfg.family, language=language)
                for messages, language in zip(conversations, languages, strict=True)]
-    ids, seeds = [prompt.ids for prompt in prompts], [0] * len(prompts)  # greedy decoding draws nothing
-    completions = engine.generate(ids, n=1, max_tokens=cfg.max_new_tokens, temperature=0.0, seeds=seeds)
-    return [(prompt.prefill + c.text, c.finish_reason == "length")
-            for prompt, (c,) in zip(prompts, completions, strict=True)]
+    seeds = sampling.pop("seeds", [0] * len(prompts))  # greedy decoding draws nothing
+    completions = engine.generate([prompt.ids for prompt in prompts], seeds=seeds, **sampling)
+    return [[(prompt.prefill + c.text, c.finish_reason == "length") for c in group]
+            for prompt, group in zip(prompts, completions, strict=True)]
+
+
+def reworded(record, name, **parts):
+    """The record's conversation with its last request put into one of the data/prompts."""
+    language = "zh" if record.get("language") == "zh" else "en"
+    return record["messages"][:-1] + from_user(
+        prompt_text(f"{name}.{language}", request=record["messages"][-1]["content"], **parts))
+
+
+def plan_of(record):
+    """The sub-questions that oracle decomposition gives away: the benchmark's own, or the texts of the constraints."""
+    plan = record.get("plan") or [c["text"] for c in record.get("constraints", []) if c["active"]]
+    if not plan:
+        raise InputError(f"--method od: {record['id']} comes without sub-questions; evaluate it with another method")
+    return "\n".join(f"{k}. {text}" for k, text in enumerate(plan, 1))
+
+
+def most_agreed(texts):
+    """Index of the text that is most like the others: the majority vote of free text.
+
+    Alike is the mean overlap (Dice) of character trigrams, so identical answers vote for one another; ties: the first.
+    """
+    grams = [Counter(text[i : i + 3] for i in range(max(1, len(text) - 2))) for text in texts]
+    return max(range(len(texts)), key=lambda i: sum(
+        (own & other).total() / (own.total() + other.total()) for own in [grams[i]] for other in grams))
 
 
 def answer_chunk(engine, tokenizer, records, method, cfg):
     """Items (the lines of a row file) for a few records."""
-    conversations, languages = [r["messages"] for r in records], [r.get("language", "en") for r in records]
-    thoughts = [("", False)] * len(records)  # (text, truncated?)
+    def turns(conversations, mode, which, **sampling):  # of the records `which`; what is written is kept for its length
+        languages = ["zh" if records[k].get("language") == "zh" else "en" for k in which]
+        groups = generate_turns(engine, tokenizer, conversations, languages, mode, cfg, **sampling)
+        for k, group in zip(which, groups, strict=True):
+            written[k] += [text for text, _ in group]
+        return groups
+
+    def tokens(text):
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"]) if tokenizer else len(
+            rewards.text_of(text).words)
+
+    every, written = range(len(records)), [[] for _ in records]
+    conversations = [record["messages"] for record in records]
+    thoughts = [(record.get("thought", ""), False) for record in records]  # (text, truncated?)
     if method == "sdc":  # call 1 thinks, only its thought is kept; call 2 sees request and thought in one user message
-        first = generate_turns(engine, tokenizer, conversations, languages, "cot", cfg)
-        thoughts = [(rewards.parse_response(text, cfg.family).think, cut) for text, cut in first]
-        conversations = [sdc_messages(r, thought) for r, (thought, _) in zip(records, thoughts, strict=True)]
-    turns = generate_turns(engine, tokenizer, conversations, languages, "io" if method == "sdc" else method, cfg)
+        if not cfg.thought_model:
+            thoughts = [(rewards.parse_response(text, cfg.family).think, cut)
+                        for ((text, cut),) in turns(conversations, "cot", every)]
+        conversations = [reworded(r, "sdc", thought=thought) for r, (thought, _) in zip(records, thoughts, strict=True)]
+    if method == "od":
+        conversations = [reworded(record, "plan", plan=plan_of(record)) for record in records]
+    if method == "sc":
+        groups = turns(conversations, "io", every, n=cfg.samples, temperature=1.0,
+                       seeds=[record_seed(cfg.seed, 0, record["id"]) for record in records])
+        final = [group[most_agreed([answer_text(text, cfg.family) for text, _ in group])] for group in groups]
+    else:
+        final = [group[0] for group in turns(conversations, method if method in ("cot", "direct") else "io", every)]
+    active = list(every) if method == "sr" else []
+    for _ in range(cfg.refine_turns):  # self-refine: the model checks its own answer until it finds nothing to mend
+        drafts = [answer_text(final[k][0], cfg.family) for k in active]
+        asked = [reworded(records[k], "refine", answer=draft) for k, draft in zip(active, drafts, strict=True)]
+        better = dict(zip(active, turns(asked, "io", active), strict=True)) if active else {}
+        active = [k for k in active if not answer_text(better[k][0][0], cfg.family).strip().startswith("DONE")]
+        for k in active:
+            final[k] = better[k][0]
+
     items = []
-    for record, (text, truncated), (thought, thought_truncated) in zip(records, turns, thoughts, strict=True):
+    for k, (record, (text, truncated), (thought, thought_truncated)) in enumerate(
+            zip(records, final, thoughts, strict=True)):
         if method != "sdc" and "</think>" in text:
             thought = rewards.parse_response(text, cfg.family).think
         answer = answer_text(text, cfg.family)
-        answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"] if tokenizer else answer.split()
         items.append({
             "id": record["id"],
             "text": text,
             "thought": thought,
             "answer": answer,
-            **score_item(record, text, cfg.family),
+            **(score_item(record, text, cfg.family) if "task" in record else {}),
             "format_ok": rewards.parse_response(text, cfg.family).format_ok if method == "cot" else None,
             "truncated": truncated or thought_truncated,
-            "thought_tokens": len(tokenizer(thought, add_special_tokens=False)["input_ids"]),
-            "answer_tokens": len(answer_ids),
+            "thought_tokens": tokens(thought),
+            "answer_tokens": tokens(answer),
+            "written_tokens": sum(map(tokens, written[k])),  # of all calls: 10 samples, several turns
             "repetition": repetition(answer_ids),
         })
     return items
-
-
-def sdc_messages(record, thought):
-    """The conversation of SDC's second call: the last request and the thought in one user message."""
-    language = "zh" if record.get("language") == "zh" else "en"
-    template = (data_dir / "prompts" / f"sdc.{language}.txt").read_text(encoding="utf-8")
-    content = template.format(request=record["messages"][-1]["content"], thought=thought).strip()
-    return record["messages"][:-1] + [{"role": "user", "content": content}]
 
 
 def answer_row(cfg, label, model_name, method, records, benchmark, load):
@@ -1303,6 +1454,16 @@ def answer_row(cfg, label, model_name, method, records, benchmark, load):
             bar.update(len(chunk))
 
 
+def with_thoughts(cfg, label, method, records, benchmark, load):
+    """The records, for sdc with --thought-model each with that model's thought (a row of RUN/thoughts)."""
+    if method != "sdc" or not cfg.thought_model:
+        return records
+    own = replace(cfg, run=str(Path(cfg.run) / "thoughts"), thought_model="")
+    answer_row(own, label, cfg.thought_model, "cot", records, benchmark, load)
+    thoughts = {row["id"]: row["thought"] for row in read_jsonl(row_files(own.run, label)[0])}
+    return [{**record, "thought": thoughts[record["id"]]} for record in records]
+
+
 def read_rows(run, records, wanted):
     """Finished rows of a run folder on these records: {label: (settings, items in the order of the records)}."""
     rows = {}
@@ -1330,6 +1491,237 @@ def add_perplexity(cfg, records, rows, load):
             some, answers = [records[k] for k in chosen], [items[k]["answer"] for k in chosen]
             settings["perplexity"] = {"base": base, "value": answer_perplexity(model, tokenizer, some, answers)}
             write_atomic(row_files(cfg.run, label)[1], json.dumps(settings, indent=1))
+
+
+# ---------------------------------------------------------------- running the benchmarks
+
+
+def prepare(names, folder, opener=urllib.request.urlopen):
+    """Download the authors' files of the benchmarks, print their licence, check SHA-256 where it is known and rows."""
+    sources = json.loads((data_dir / "benchmarks" / "sources.json").read_text(encoding="utf-8"))
+    for name in names or sources:
+        print(f"{name}: licence {sources[name]['licence']}")
+        for path, (address, sha) in sources[name]["files"].items():
+            try:
+                with opener(address) as reply:
+                    content = reply.read()
+            except OSError as error:
+                raise InputError(f"{address}: cannot be downloaded ({error}); put the file at {folder / path} by hand "
+                                 "and check it with --score") from None
+            own = hashlib.sha256(content).hexdigest()
+            if sha and own != sha:
+                raise InputError(f"{address}: SHA-256 {own}, expected {sha}: another version; compare it before use")
+            write_atomic(folder / path, content)
+            print(f"  {folder / path}: {len(content)} bytes, SHA-256 {own}{'' if sha else ' (none to compare with)'}")
+        print(f"  {len(BENCHMARKS[name].load(folder))} items")
+
+
+def local_chat(name, load):
+    """A chat function on a model of ours, as Endpoint.chat."""
+    def chat(conversations, *, n, max_tokens, temperature, seed):
+        _, tokenizer, engine = load(name)
+        ids = [render_prompt(tokenizer, messages, "io").ids for messages in conversations]
+        return engine.generate(ids, n=n, max_tokens=max_tokens, temperature=temperature, seeds=[seed] * len(ids))
+    return chat
+
+
+def judge_answers(cfg, name, label, pairs, chat):
+    """{id: {question: raw reply}} for (item, answer) pairs.
+
+    Replies are kept in judgements/LABEL.jsonl of the run, a file that --judgements reads; a killed run asks only what
+    is missing, and an answer that changed is judged anew.
+    """
+    path, benchmark = Path(cfg.run) / "judgements" / row_files(cfg.run, label)[0].name, BENCHMARKS[name]
+    stamp = {item["id"]: hashlib.sha256(answer.encode()).hexdigest()[:16] for item, answer in pairs}
+    kept = [row for row in read_jsonl(path) if (row["answer"], row["judge"]) == (stamp.get(row["id"]), cfg.judge)]
+    write_jsonl(path, kept)
+    replies = {item["id"]: {} for item, _ in pairs}
+    for row in kept:
+        replies[row["id"]][row["question"]] = row["reply"]
+
+    def missing(item):
+        asked = [k for k in item["questions"] if k not in replies[item["id"]]]
+        if name == "infobench":  # one conversation, question by question, up to a reply that cannot be read
+            spoilt = any(read_infobench(reply) is None for reply in replies[item["id"]].values())
+            asked = [] if spoilt else asked[:1]
+        return asked
+
+    total = sum(len(item["questions"]) for item, _ in pairs)
+    with tqdm(total=total, initial=len(kept), desc=f"{label}: judge", unit="reply") as bar:
+        while jobs := [(item, answer, k) for item, answer in pairs for k in missing(item)]:
+            for start in range(0, len(jobs), cfg.chunk):
+                chunk, texts = jobs[start : start + cfg.chunk], {}
+                for attempt in range(cfg.judge_tries):  # greedy first; what cannot be read is asked again, warmer
+                    todo = [j for j, (item, _, k) in enumerate(chunk)
+                            if j not in texts or not benchmark.readable(item, k, texts[j])]
+                    asked = [benchmark.ask(item, answer, k, replies[item["id"]])
+                             for item, answer, k in (chunk[j] for j in todo)]
+                    got = chat(asked, n=1, max_tokens=cfg.judge_tokens, temperature=0.5 * (attempt > 0),
+                               seed=attempt) if todo else []
+                    texts |= {j: completions[0].text for j, completions in zip(todo, got, strict=True)}
+                for j, (item, _, k) in enumerate(chunk):
+                    append_jsonl(path, {"id": item["id"], "question": k, "reply": texts[j], "judge": cfg.judge,
+                                        "answer": stamp[item["id"]]})
+                    replies[item["id"]][k] = texts[j]
+                bar.update(len(chunk))
+    return replies
+
+
+def headline_interval(name, judged, protocol, resamples, seed):
+    """95 % percentile-bootstrap limits of the headline over groups of items; (None, None) without a headline."""
+    groups = {}
+    for item, verdict in judged:
+        groups.setdefault(item["group"], []).append((item, verdict))
+    groups, rng, values = list(groups.values()), np.random.default_rng(seed), []
+    for _ in range(min(resamples, 1000)):
+        rows = [pair for k in rng.integers(0, len(groups), len(groups)) for pair in groups[k]]
+        values.append(BENCHMARKS[name].aggregate(rows, protocol)["headline"])
+    values = [value for value in values if value is not None]
+    return tuple(map(float, np.percentile(values, [2.5, 97.5]))) if values else (None, None)
+
+
+def run_benchmarks(cfg, names, jobs, load):
+    """Rows of each benchmark in RUN/NAME, judged and scored; report.json and report.md of them all in RUN."""
+    rank, _ = init_distributed()
+    report = {"protocol": cfg.protocol, "settings": asdict(cfg), "benchmarks": {}}
+    for name in names:
+        items = BENCHMARKS[name].load(Path(cfg.benchmark_dir))
+        items = spread(items, cfg.limit or len(items))
+        sha = hashlib.sha256(json.dumps([item["messages"] for item in items]).encode()).hexdigest()
+        own = replace(cfg, run=str(Path(cfg.run) / name))
+        if any(item["questions"] for item in items) and not cfg.judge:
+            raise InputError(f"--benchmarks {name}: give --judge MODEL, with --judge-url if it is served")
+        for label, model, method in jobs:
+            answer_row(own, label, model, method, with_thoughts(own, label, method, items, sha, load), sha, load)
+        if rank:
+            continue
+        wanted = {"benchmark": sha, "limit": cfg.limit, "max_new_tokens": cfg.max_new_tokens}
+        chat = local_chat(cfg.judge, load)
+        if cfg.judge_url:
+            chat = Endpoint(cfg.judge_url, cfg.judge, cache=Path(cfg.run) / "judge_cache", progress="judge").chat
+        cells = {}
+        for label, (settings, answers) in read_rows(own.run, items, wanted).items():
+            pairs = [(item, row["answer"]) for item, row in zip(items, answers, strict=True)]
+            replies = judge_answers(own, name, label, pairs, chat) if any(item["questions"] for item in items) else {}
+            metrics, judged = score_answers(
+                name, [(item, answer, replies.get(item["id"], {})) for item, answer in pairs], cfg.protocol)
+            low, high = headline_interval(name, judged, cfg.protocol, cfg.resamples, cfg.seed)
+            means = {key: mean([row[key] for row in answers]) for key in (
+                "thought_tokens", "answer_tokens", "written_tokens", "truncated")}
+            formats = [not row["format_ok"] for row in answers if row["format_ok"] is not None]
+            cells[label] = {"low": low, "high": high, **metrics, **means, "format_failures": mean(formats), "settings":
+                            settings, "seconds": settings["seconds"], "judge": cfg.judge}
+        report["benchmarks"][name] = cells
+    if not rank:
+        write_atomic(Path(cfg.run) / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
+        write_atomic(Path(cfg.run) / "report.md", benchmarks_markdown(report))
+    return report
+
+
+def shown(value, form=".1f"):
+    return "–" if value is None else format(value, form)
+
+
+def average_cell(cells):
+    """The plain mean of the headlines, None if one is missing."""
+    values = [cell and cell["headline"] for cell in cells]
+    return None if None in values else mean(values)
+
+
+def benchmarks_markdown(report):
+    """report.md of a benchmark run: headlines with intervals, then what was asked, judged and written."""
+    names = list(report["benchmarks"])
+    labels = list(dict.fromkeys(label for cells in report["benchmarks"].values() for label in cells))
+    main, detail = [], []
+    for label in labels:
+        cells = [report["benchmarks"][name].get(label) for name in names]
+        main.append([label, *(f"{shown(c['headline'])} [{shown(c['low'])}, {shown(c['high'])}]" if c else "–"
+                              for c in cells), shown(average_cell(cells))])
+        for name, cell in zip(names, cells, strict=True):
+            if cell:
+                detail.append([label, name, cell["settings"]["model"], cell["settings"]["method"], *cell["n"].values(),
+                               *(shown(cell[key], ".1%") for key in ("format_failures", "truncated")),
+                               *(shown(cell[key]) for key in ("thought_tokens", "answer_tokens", "written_tokens",
+                                                              "seconds"))])
+    notes = [f"- {name}: {note}\n" for name, cells in report["benchmarks"].items()
+             for note in dict.fromkeys(note for cell in cells.values() for note in cell.get("notes", []))]
+    for cell in list(report["benchmarks"].get("ifbench", {}).values())[:1]:
+        notes.append(f"- ifbench: {shown(cell['share_scored'], '.0%')} of the instructions are scored; kinds that are "
+                     f"not: {', '.join(cell['not_scored'])}\n")
+    titles = [BENCHMARKS[name].title for name in names]
+    return "\n".join([
+        "# Benchmarks\n", f"Protocol: {report['protocol']}. Headline of each benchmark in percent, in brackets its "
+        "95 % percentile-bootstrap interval over items. Thought and tags are removed before scoring.\n",
+        table(["row", *titles, "Avg."], main), "## Counts and costs\n\nTokens: mean per item; written: of all calls.\n",
+        table(["row", "benchmark", "model", "method", "asked", "answered", "judge replies", "unparsable",
+               "format failures", "truncated", "thought tokens", "answer tokens", "written tokens", "seconds"], detail),
+        *notes])
+
+
+# ---------------------------------------------------------------- the paper's tables
+
+
+def beside(own, published, marked=False):
+    """Our figure, the paper's, and the difference; † marks a published figure that the paper itself contradicts."""
+    if published is None:
+        return shown(own, ".2f")
+    difference = "" if own is None else f", {own - published:+.2f}"
+    return f"{shown(own, '.2f')} ({published:.2f}{'†' if marked else ''}{difference})"
+
+
+def paper_table(cfg):
+    """--table: the layout of the paper's table, our figures from run folders with the paper's beside."""
+    if cfg.table not in ("1", "2", "ablation", "5"):
+        raise InputError(f"--table {cfg.table}: unknown; give 1, 2, ablation or 5")
+    published = json.loads((data_dir / "results.json").read_text(encoding="utf-8"))
+    columns, rows = (published[f"table {cfg.table}"][key] for key in ("columns", "rows"))
+    titles = {benchmark.title: name for name, benchmark in BENCHMARKS.items()}
+    own, lines, notes = {}, [], []  # (model, label) -> benchmark -> cell of its report
+    for folder in (cfg.runs or cfg.run).split(","):
+        path = Path(folder.strip()) / "report.json"
+        if not path.exists():
+            raise InputError(f"{path}: is not there; --runs takes folders of evaluate.py --benchmarks runs")
+        report = json.loads(path.read_text(encoding="utf-8"))
+        model = report["settings"]["base_model"].rstrip("/").split("/")[-1]
+        for name, cells in report["benchmarks"].items() if isinstance(report["benchmarks"], dict) else []:
+            for label, cell in cells.items():
+                own.setdefault((model, label), {})[name] = cell
+    if not own:
+        raise InputError(f"--table {cfg.table}: no benchmark rows in {cfg.runs or cfg.run}; run --benchmarks first")
+
+    def line(model, label, printed):
+        """One row of cells: our figure with its interval, and what the paper prints."""
+        cells, text = own.get((model, label), {}), []
+        chosen = [cells.get(titles.get(column)) for column in columns[:-1]]
+        values = [cell and cell["headline"] for cell in chosen] + [average_cell(chosen)]
+        if cfg.table == "5":
+            cell = cells.get("ifbench", {})
+            values = [percent_of(cell.get(column)) for column in columns[:-1]] + [cell.get("headline")]
+        for column, value, given, cell in zip(columns, values, printed or [None] * len(columns), [*chosen, None],
+                                              strict=True):
+            said = [note for *key, note in published["anomalies"] if key == [model, label, column] and cfg.table == "1"]
+            notes.extend(f"† {model}, {label}, {column}: {note}.  " for note in said)
+            interval = f" [{shown(cell['low'])}, {shown(cell['high'])}]" if cell else ""
+            text.append(beside(value, given, bool(said)) + interval)
+        return text
+
+    models = sorted({model for model, _ in own})
+    if cfg.table == "2":  # of one model; rows are categories, columns are methods
+        head = [models[0], *columns]
+        for category, printed in rows.items():
+            cells = [own.get((models[0], column), {}).get("complexbench", {}) for column in columns]
+            lines.append([category, *(beside(percent_of(cell.get(category)), given)
+                                      for cell, given in zip(cells, printed, strict=True))])
+    elif cfg.table == "ablation":  # a row is found by its label
+        head = [models[0], *columns]
+        lines = [[label, *line(models[0], label, rows.get(label))]
+                 for label in dict.fromkeys([*rows, *(label for _, label in own)])]
+    else:
+        head = ["model", "method", *columns]
+        pairs = dict.fromkeys([*((model, label) for model, methods in rows.items() for label in methods), *own])
+        lines = [[model, label, *line(model, label, rows.get(model, {}).get(label))] for model, label in pairs]
+    title = f"Ours (paper, difference) [95 % interval]; {published['source']}.\n"
+    return "\n".join([title, table(head, lines), *notes])
 
 
 # ---------------------------------------------------------------- the report
@@ -1525,6 +1917,14 @@ def main(argv=None):
     if cfg.score:
         print(json.dumps(score_files(cfg), ensure_ascii=False))
         return
+    if cfg.table:
+        print(paper_table(cfg))
+        return
+    names = [name.strip() for name in cfg.benchmarks.split(",")] if cfg.benchmarks else []
+    on_benchmarks = bool(names) and all(name in BENCHMARKS for name in names)
+    if cfg.prepare:
+        prepare(names, Path(cfg.benchmark_dir))
+        return
     if cfg.judge_agreement:
         judge = make_judge(cfg.judge, cfg.judge_url, precision=cfg.precision, cache=Path(cfg.run) / "judge_cache")
         if judge is None:
@@ -1533,11 +1933,12 @@ def main(argv=None):
         write_jsonl(Path(cfg.run) / "judge_agreement.jsonl", verdicts)
         print(json.dumps({"judge": cfg.judge, **agreement}))
         return
-    path = Path(cfg.benchmarks or "runs/evolve/heldout.jsonl")
-    if not cfg.benchmarks and not path.exists():
-        print(f"{path} is not there (evolve.py writes it): evaluating on the shipped {data_dir.name}/heldout.jsonl")
-        path = data_dir / "heldout.jsonl"
-    records, sha = read_benchmark(path, cfg.limit)
+    if not on_benchmarks:
+        path = Path(cfg.benchmarks or "runs/evolve/heldout.jsonl")
+        if not cfg.benchmarks and not path.exists():
+            print(f"{path} is not there (evolve.py writes it): evaluating on the shipped {data_dir.name}/heldout.jsonl")
+            path = data_dir / "heldout.jsonl"
+        records, sha = read_benchmark(path, cfg.limit)
     if cfg.method not in ("", *METHODS):
         raise InputError(f"--method {cfg.method}: unknown; give one of {', '.join(METHODS)}")
     if cfg.model or cfg.method or cfg.label:
@@ -1555,6 +1956,8 @@ def main(argv=None):
     loaded = {}
 
     def load(name):
+        if cfg.model_url and name != cfg.judge:
+            return None, None, Endpoint(cfg.model_url, name, progress="answers")
         if name not in loaded:
             loaded.clear()  # one model in memory at a time
             model, tokenizer = load_model(name, dtype=compute_dtype(cfg.precision))
@@ -1564,8 +1967,15 @@ def main(argv=None):
             loaded[name] = model, tokenizer, engine
         return loaded[name]
 
+    if on_benchmarks:
+        report = run_benchmarks(cfg, names, jobs, load)
+        for name, cells in report["benchmarks"].items():
+            for label, cell in cells.items():
+                interval = f"[{shown(cell['low'])}, {shown(cell['high'])}]"
+                print(f"{name:12} {label:8} {shown(cell['headline'])} {interval}  ({cell['seconds']:.0f} s)")
+        return
     for label, model, method in jobs:
-        answer_row(cfg, label, model, method, records, sha, load)
+        answer_row(cfg, label, model, method, with_thoughts(cfg, label, method, records, sha, load), sha, load)
     if rank:
         return
     wanted = {"benchmark": sha, "limit": cfg.limit, "max_new_tokens": cfg.max_new_tokens}

@@ -5,7 +5,10 @@ others use small cases written for this project and always run.
 """
 
 import gzip
+import io
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +23,7 @@ from evaluate import (
     score_answers,
     span_list,
 )
+from model import Completion, Prompt
 from rewards import InputError
 
 
@@ -124,7 +128,8 @@ def test_complexbench_aggregation(cases):
     assert [verdict["met"] for _, verdict in judged] == [row["point_judges_rely"] for row in rows]
     assert metrics["drfr"] == pytest.approx(expected["overall_drfr"], abs=1e-12)
     assert {key: metrics[key] for key in expected["categorized_drfr"]} == pytest.approx(expected["categorized_drfr"])
-    assert metrics["tables"]["prefix"] == pytest.approx(expected["categorized_avg_drfr"])
+    assert {key: metrics[key] for key in expected["categorized_avg_drfr"]} == pytest.approx(
+        expected["categorized_avg_drfr"])
     assert metrics["coherent"]["single_coherent"] == expected["single_coherent_test"] == 0.375
     assert metrics["coherent"]["multiple_coherent"] == pytest.approx(expected["multiple_coherent_test"])
     assert metrics["coherent"]["multiple_relative_drop"] == pytest.approx(expected["miltiple_relative_drop"])
@@ -358,3 +363,180 @@ def test_bad_rows_are_named(tmp_path, capsys, name, responses, judgements, said)
     with pytest.raises(InputError) as error:
         score_own(tmp_path, capsys, name, responses, judgements)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+
+class FakeTokenizer:
+    """One token per byte."""
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": list(text.encode())}
+
+
+class FakeEngine:
+    """The model echoes the end of its request, with a thought if asked for one; the judge says yes to everything,
+    in one form that FollowBench, InFoBench and ComplexBench can read and CFBench and FB-Bench cannot."""
+
+    def __init__(self, name):
+        self.name, self.asked, self.fail_after = name, [], None
+
+    def wake(self):
+        pass
+
+    def sync(self, model):
+        assert model.name == self.name
+
+    def generate(self, prompts, *, n, max_tokens, temperature, seeds, stop=(), progress=None):
+        if self.fail_after is not None and len(self.asked) >= self.fail_after:
+            raise RuntimeError("killed")
+        self.asked += [bytes(ids).decode() for ids in prompts]
+        return [[self.answer(text, k) for k in range(n)] for text in self.asked[-len(prompts):]]
+
+    def answer(self, prompt, k):
+        if self.name == "judge":
+            level = prompt.count("added constraints]") - 2 if "added" in prompt else prompt.count("个约束的版本】") - 1
+            text = f"YES 答案：是 {['YES'] * level}" if level > 0 else "YES 答案：是"
+        elif prompt.startswith("cot"):
+            text = "a plan\n</think>\n<answer>" + prompt[-20:] + "</answer>"
+        elif "DONE" in prompt:
+            text = "DONE" if "better" in prompt else "better"
+        else:
+            text = ("odd one", "same", "same again")[k % 3] if "sampled" in self.name else prompt[-20:]
+        return Completion(list(text.encode()), text, "stop", None)
+
+
+@pytest.fixture
+def fakes(monkeypatch, tmp_path):
+    engines = {}
+
+    def fake_load(name, *, dtype=None):
+        engines.setdefault(name, FakeEngine(name))
+        return SimpleNamespace(name=name), FakeTokenizer()
+
+    def fake_prompt(tokenizer, messages, mode, family="cold", language="en"):
+        text = " / ".join(message["content"] for message in messages)
+        return Prompt(list(f"{mode} {text}".encode()), "<think>\n" if mode == "cot" else "")
+
+    monkeypatch.setattr(evaluate, "load_model", fake_load)
+    monkeypatch.setattr(evaluate, "make_engine", lambda backend, model, *args, **kwargs: engines[model.name])
+    monkeypatch.setattr(evaluate, "render_prompt", fake_prompt)
+    monkeypatch.chdir(tmp_path)
+    return engines
+
+
+ALL = "ifeval,cello,cfbench,complexbench,fb-bench,followbench,infobench"
+FLAGS = ["--benchmark-dir", str(OWN), "--resamples", "20", "--chunk", "5", "--judge", "judge", "--model", "m"]
+
+
+def test_all_seven_end_to_end_killed_and_resumed(fakes, capsys):
+    fakes["judge"] = FakeEngine("judge")
+    fakes["judge"].fail_after = 12
+    with pytest.raises(RuntimeError, match="killed"):
+        evaluate.main(["--benchmarks", ALL, "--method", "cot", *FLAGS])
+    asked, fakes["judge"].fail_after = list(fakes["judge"].asked), None
+    evaluate.main(["--benchmarks", ALL, "--method", "cot", *FLAGS])
+    report = json.loads(Path("runs/evaluate/report.json").read_text("utf-8"))["benchmarks"]
+    assert list(report) == ALL.split(",")
+    cells = {name: rows["CoT"] for name, rows in report.items()}
+    assert cells["cfbench"]["n"] == {"asked": 2, "answered": 2, "judged": 2, "unparsable": 2}
+    assert len([prompt for prompt in fakes["judge"].asked if "检查员" in prompt]) == 2 * 3  # asked again, three times
+    assert cells["infobench"]["drfr"] == 1 and cells["infobench"]["n"]["judged"] == 5
+    assert cells["followbench"]["en.content.HSR"][0] == 50 and cells["followbench"]["zh.style.CSL"] == 5
+    assert cells["complexbench"]["n"]["judged"] == 21 and cells["fb-bench"]["n"]["unparsable"] == 3
+    assert all(cell["thought_tokens"] == 6 and cell["format_failures"] == 0 for cell in cells.values())
+    second = next(prompt for prompt in fakes["judge"].asked if prompt.endswith("Does it have two lines?"))
+    assert " / YES 答案：是 / Does it have two lines?" in second  # the judge's own reply is kept in the conversation
+    calls = [len(engine.asked) for engine in fakes.values()]
+    evaluate.main(["--benchmarks", ALL, "--method", "cot", *FLAGS])
+    assert [len(engine.asked) for engine in fakes.values()] == calls and len(asked) == 15
+    text = Path("runs/evaluate/report.md").read_text("utf-8")
+    assert "| Complex Bench |" in text and "not the 734-item set" in text
+
+    # The stored replies score the stored answers again, without a model.
+    stored = [json.loads(line) for line in Path("runs/evaluate/complexbench/rows/CoT.jsonl").read_text().splitlines()]
+    Path("r.jsonl").write_text("".join(json.dumps({"id": r["id"], "response": r["text"]}) + "\n" for r in stored))
+    capsys.readouterr()
+    evaluate.main(["--score", "complexbench", "--benchmark-dir", str(OWN), "--responses", "r.jsonl",
+                   "--judgements", "runs/evaluate/complexbench/judgements/CoT.jsonl"])
+    assert json.loads(capsys.readouterr().out)["drfr"] == cells["complexbench"]["drfr"]
+
+
+def test_methods_sc_sr_od_and_thought_model(fakes):
+    flags = ["--benchmarks", "infobench,fb-bench", *FLAGS]
+    evaluate.main([*flags, "--method", "sc", "--model", "sampled", "--samples", "3"])
+    evaluate.main([*flags, "--method", "sr"])
+    evaluate.main([*flags, "--method", "od"])
+    evaluate.main([*flags, "--method", "sdc", "--thought-model", "thinker"])
+    rows = {label: [json.loads(line) for line in Path(f"runs/evaluate/infobench/rows/{label}.jsonl").open()]
+            for label in ("SC", "SR", "OD", "SDC")}
+    assert [row["answer"] for row in rows["SC"]] == ["same", "same"]  # most like the others
+    assert rows["SC"][0]["written_tokens"] == len("odd one" + "same" + "same again")
+    assert [row["answer"] for row in rows["SR"]] == ["better", "better"]
+    assert sum("1. Is the generated text an apology?" in prompt for prompt in fakes["m"].asked) == 1
+    assert rows["SDC"][0]["thought"] == "a plan" and "a plan" in fakes["m"].asked[-1]
+    assert len(fakes["thinker"].asked) == 5
+    fbbench = [prompt for prompt in fakes["m"].asked if "124" in prompt]
+    assert all("12乘以12等于多少？ / 12乘以12等于124。 / " in prompt for prompt in fbbench)  # three turns
+    with pytest.raises(InputError, match="sub-questions"):
+        evaluate.main(["--benchmarks", "ifeval", *FLAGS, "--method", "od"])
+
+
+def test_a_judge_is_needed(fakes):
+    with pytest.raises(InputError, match="--judge"):
+        evaluate.main(["--benchmarks", "cfbench", "--benchmark-dir", str(OWN), "--model", "m"])
+
+
+def test_ifbench_names_what_it_cannot_score(tmp_path, fakes):
+    (tmp_path / "ifbench").mkdir()
+    rows = [{"key": str(k), "prompt": "No commas.", "instruction_id_list": [name], "kwargs": [{"N": n}]}
+            for k, (name, n) in enumerate([("punctuation:no_comma", None), ("count:nothing_known", 3)])]
+    (tmp_path / "ifbench" / "IFBench_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate.main(["--benchmarks", "ifbench", "--benchmark-dir", str(tmp_path), "--model", "m", "--resamples", "5"])
+    cell = json.loads(Path("runs/evaluate/report.json").read_text("utf-8"))["benchmarks"]["ifbench"]["CoT"]
+    assert cell["prompt_strict"] == 1 and cell["not_scored"] == ["count:nothing_known"] and cell["share_scored"] == 0.5
+
+
+def test_prepare_checks_and_names_the_licence(tmp_path, capsys):
+    content = {path: (OWN / path).read_bytes() for path in ("infobench/InfoBench.json", "complexbench/data_final.json")}
+
+    def opener(address):
+        return io.BytesIO(next(text for path, text in content.items() if path.split("/")[1] in address))
+
+    evaluate.prepare(["complexbench"], tmp_path, opener)
+    said = capsys.readouterr().out
+    assert "licence MIT" in said and "none to compare with" in said and "8 items" in said
+    with pytest.raises(InputError, match="SHA-256"):  # the sample is not the published file
+        evaluate.prepare(["infobench"], tmp_path, opener)
+    assert not (tmp_path / "infobench").exists()
+
+    def offline(address):
+        raise OSError("no route")
+
+    with pytest.raises(InputError, match="no route"):
+        evaluate.prepare(["cfbench"], tmp_path, offline)
+
+
+def test_tables_of_the_paper(tmp_path, capsys):
+    cell = {"headline": 50.0, "low": 45.0, "high": 55.0, "And_1": 0.9, "drfr": 0.5, "prompt_strict": 0.2,
+            "instruction_strict": 0.3, "prompt_loose": 0.25, "instruction_loose": 0.35}
+    for label in ("I/O", "Ours"):
+        folder = tmp_path / label.replace("/", "-")
+        folder.mkdir()
+        report = {"settings": {"base_model": "Qwen/Qwen2.5-7B-Instruct"},
+                  "benchmarks": {name: {label: cell} for name in [*ALL.split(","), "ifbench"]}}
+        (folder / "report.json").write_text(json.dumps(report))
+    said = {}
+    for name in ("1", "2", "ablation", "5"):
+        evaluate.main(["--table", name, "--runs", f"{tmp_path / 'I-O'},{tmp_path / 'Ours'}"])
+        said[name] = capsys.readouterr().out
+    assert "| Qwen2.5-7B-Instruct | I/O | 50.00 (72.82, -22.82) [45.0, 55.0] |" in said["1"]
+    assert "50.00 (79.20†, -29.20)" in said["1"] and "the appendix has 76.75" in said["1"]
+    assert said["1"].count("\n| ") == 2 + 29 and "| LLaMA3.1-8B-Instruct | Ours | – (13.49) |" in said["1"]
+    assert "| And_1 | 90.00 (85.85, +4.15) | – (84.27) |" in said["2"] and "| drfr | 50.00 (74.47" in said["2"]
+    assert "| math 1, complex 1, SupCoT, BC | – (70.06) |" in said["ablation"]
+    assert "| Ours | 50.00 [" in said["ablation"]
+    assert "| Qwen2.5-7B-Instruct | Ours | 20.00 (29.82, -9.82) | 30.00 (30.76" in said["5"]
+    with pytest.raises(InputError, match="--table 9"):
+        evaluate.main(["--table", "9", "--runs", str(tmp_path / "Ours")])
