@@ -878,7 +878,7 @@ def fbbench_score(reply):
 
 
 def fbbench_verdict(item, answer, replies, protocol):
-    reply = replies.get(None)
+    reply = replies.get(None) if answer is not None else None
     score = None if reply is None else fbbench_score(reply)
     judged = int(reply is not None)
     verdict = {"score": score, "judged": judged, "unparsable": int(judged and score is None)}
@@ -1065,7 +1065,8 @@ def followbench_metrics(rows, protocol):
             runs = {}  # example -> its hard verdicts by level
             for item, verdict in chosen:
                 runs.setdefault(item["group"], {})[item["row"]["level"]] = verdict["hard"]
-            streaks = [next(level for level in range(1, 7) if run.get(level) != 1) - 1 for run in runs.values()]
+            streaks = [next(level for level in range(1, 7) if run.get(level) != 1) - 1
+                       for run in runs.values() if 1 in run]
             csl = mean(streaks)
             metrics[f"{language}.{kind}.CSL"] = None if csl is None else round(csl, 1)
         official += [mean(metrics[f"{language}.{kind}.HSR"] or []) for kind in FOLLOWBENCH_TYPES]
@@ -1216,8 +1217,8 @@ def read_responses(name, path, items):
         checked(path, number, row, id=(str, int))
         key = str(row["id"])
         if key not in known:
-            raise InputError(f"{path}:{number}: field 'id': {key!r} is not in {name}; README, \"Scoring recorded "
-                             "answers\", says what the ids are")
+            raise InputError(f"{path}:{number}: field 'id': {key!r} is not in {name}; its ids look like "
+                             f"{items[0]['id']!r}")
         if "response" not in row or not isinstance(row["response"], str | None):
             raise InputError(f"{path}:{number}: field 'response': missing or not a text; give the answer, or null for "
                              "not answered")
@@ -1237,6 +1238,7 @@ def read_judgements(name, path, items):
         if key not in known:
             raise InputError(f"{path}:{number}: field 'id': {key!r} is not in {name}; remove the row")
         asked = known[key]["questions"]
+        question = None if asked == [None] and question == 0 else question  # the only one may be called 0
         if type(question) not in (int, type(None)) or question not in asked:
             form = f"a number from 0 to {len(asked) - 1}" if asked and asked != [None] else "null" if asked else \
                 "no row: this item is scored by rule"
@@ -1581,25 +1583,30 @@ def headline_interval(name, judged, protocol, resamples, seed):
 
 
 def run_benchmarks(cfg, names, jobs, load):
-    """Rows of each benchmark in RUN/NAME, judged and scored; report.json and report.md of them all in RUN."""
+    """Rows of each benchmark in RUN/NAME, judged and scored; report.json, report.md and a plot of them all in RUN.
+
+    All answers are written before the first is judged, so that a local judge is loaded once.
+    """
     rank, _ = init_distributed()
-    report = {"protocol": cfg.protocol, "settings": asdict(cfg), "benchmarks": {}}
+    report, todo = {"protocol": cfg.protocol, "settings": asdict(cfg), "benchmarks": {}}, []
     for name in names:
         items = BENCHMARKS[name].load(Path(cfg.benchmark_dir))
         items = spread(items, cfg.limit or len(items))
-        sha = hashlib.sha256(json.dumps([item["messages"] for item in items]).encode()).hexdigest()
-        own = replace(cfg, run=str(Path(cfg.run) / name))
         if any(item["questions"] for item in items) and not cfg.judge:
             raise InputError(f"--benchmarks {name}: give --judge MODEL, with --judge-url if it is served")
+        sha = hashlib.sha256(json.dumps([item["messages"] for item in items]).encode()).hexdigest()
+        todo.append((name, items, sha, replace(cfg, run=str(Path(cfg.run) / name))))
+    for _, items, sha, own in todo:
         for label, model, method in jobs:
             answer_row(own, label, model, method, with_thoughts(own, label, method, items, sha, load), sha, load)
-        if rank:
-            continue
+    if rank:
+        return report
+    chat = local_chat(cfg.judge, load)
+    if cfg.judge_url:
+        chat = Endpoint(cfg.judge_url, cfg.judge, cache=Path(cfg.run) / "judge_cache").chat
+    for name, items, sha, own in todo:
         wanted = {"benchmark": sha, "limit": cfg.limit, "max_new_tokens": cfg.max_new_tokens}
-        chat = local_chat(cfg.judge, load)
-        if cfg.judge_url:
-            chat = Endpoint(cfg.judge_url, cfg.judge, cache=Path(cfg.run) / "judge_cache", progress="judge").chat
-        cells = {}
+        cells = report["benchmarks"][name] = {}
         for label, (settings, answers) in read_rows(own.run, items, wanted).items():
             pairs = [(item, row["answer"]) for item, row in zip(items, answers, strict=True)]
             replies = judge_answers(own, name, label, pairs, chat) if any(item["questions"] for item in items) else {}
@@ -1609,12 +1616,11 @@ def run_benchmarks(cfg, names, jobs, load):
             means = {key: mean([row[key] for row in answers]) for key in (
                 "thought_tokens", "answer_tokens", "written_tokens", "truncated")}
             formats = [not row["format_ok"] for row in answers if row["format_ok"] is not None]
-            cells[label] = {"low": low, "high": high, **metrics, **means, "format_failures": mean(formats), "settings":
-                            settings, "seconds": settings["seconds"], "judge": cfg.judge}
-        report["benchmarks"][name] = cells
-    if not rank:
-        write_atomic(Path(cfg.run) / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
-        write_atomic(Path(cfg.run) / "report.md", benchmarks_markdown(report))
+            cells[label] = {"low": low, "high": high, **metrics, **means, "format_failures": mean(formats),
+                            "settings": settings, "seconds": settings["seconds"], "judge": cfg.judge}
+    write_atomic(Path(cfg.run) / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
+    write_atomic(Path(cfg.run) / "report.md", benchmarks_markdown(report))
+    plot_benchmarks(report, Path(cfg.run) / "benchmarks.png")
     return report
 
 
@@ -1645,6 +1651,9 @@ def benchmarks_markdown(report):
                                                               "seconds"))])
     notes = [f"- {name}: {note}\n" for name, cells in report["benchmarks"].items()
              for note in dict.fromkeys(note for cell in cells.values() for note in cell.get("notes", []))]
+    if any(cell["settings"]["model_url"] for cells in report["benchmarks"].values() for cell in cells.values()):
+        notes.append("- Answers of a chat server: the trigger alone asks for a thought, the turn is not opened; "
+                     "tokens are words.\n")
     for cell in list(report["benchmarks"].get("ifbench", {}).values())[:1]:
         notes.append(f"- ifbench: {shown(cell['share_scored'], '.0%')} of the instructions are scored; kinds that are "
                      f"not: {', '.join(cell['not_scored'])}\n")
@@ -1655,7 +1664,37 @@ def benchmarks_markdown(report):
         table(["row", *titles, "Avg."], main), "## Counts and costs\n\nTokens: mean per item; written: of all calls.\n",
         table(["row", "benchmark", "model", "method", "asked", "answered", "judge replies", "unparsable",
                "format failures", "truncated", "thought tokens", "answer tokens", "written tokens", "seconds"], detail),
-        *notes])
+        *notes, "![benchmarks](benchmarks.png)\n"])
+
+
+def plot_benchmarks(report, path):
+    """Bars of the headlines with their intervals and, with IFEval, a heat map of the strict verdicts per kind."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shares = {label: cell["kinds"] for label, cell in report["benchmarks"].get("ifeval", {}).items()}
+    names = [name for name, cells in report["benchmarks"].items() if cells]
+    labels = list(dict.fromkeys(label for cells in report["benchmarks"].values() for label in cells))
+    fig, axes = plt.subplots(1 + bool(shares), figsize=(9, 3.5 + 3.5 * bool(shares)), layout="constrained",
+                             squeeze=False)
+    for position, label in enumerate(labels):
+        cells = [report["benchmarks"][name].get(label, {}) for name in names]
+        value_K, low_K, high_K = (np.array([cell.get(key) for cell in cells], dtype=float)  # None: a gap
+                                  for key in ("headline", "low", "high"))
+        axes[0, 0].bar(np.arange(len(names)) + 0.8 * position / len(labels), value_K, 0.75 / len(labels), label=label,
+                       yerr=np.maximum(0, [value_K - low_K, high_K - value_K]), capsize=2)
+    axes[0, 0].set(xticks=range(len(names)), xticklabels=names, ylabel=f"headline, {report['protocol']} (%)")
+    axes[0, 0].legend(frameon=False)
+    if shares:
+        kinds = list(next(iter(shares.values())))
+        axes[1, 0].imshow([[row.get(kind, np.nan) for kind in kinds] for row in shares.values()], aspect="auto",
+                          vmin=0, vmax=1, cmap="viridis")
+        axes[1, 0].set(yticks=range(len(shares)), yticklabels=shares, xticks=range(len(kinds)))
+        axes[1, 0].set_xticklabels(kinds, rotation=90, fontsize=7)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
 
 
 # ---------------------------------------------------------------- the paper's tables

@@ -186,6 +186,21 @@ def test_infobench_replies(cases):
         assert [read_infobench(case["judge_reply"])] == case["eval"], case
 
 
+def test_infobench_order_of_turns(cases, files):
+    items = list(items_of("infobench", files).values())
+    shapes = [[turn["role"] for turn in case["turns"]]
+              for case in rows_of(cases / "infobench" / "conversation_shape.jsonl")]
+    for item in (next(item for item in items if bool(item["row"]["input"]) == given) for given in (True, False)):
+        replies = dict.fromkeys(item["questions"], "YES")
+        for k in item["questions"]:
+            turns = evaluate.ask_infobench(item, "some text", k, replies)
+            assert [turn["role"] for turn in turns] in shapes or k > 3
+            assert "some text" in turns[0]["content"] and item["plan"][0] in turns[0]["content"]
+            assert (item["row"]["input"] in turns[0]["content"]) and item["row"]["instruction"] not in str(turns)
+            assert [turn["content"] for turn in turns[1:]] == [
+                text for question in item["plan"][1 : k + 1] for text in ("YES", question)]
+
+
 # ------------------------------------------------------------------------------------------------ own cases
 
 OWN = evaluate.data_dir / "benchmarks"  # a few records of each benchmark's form, written for this project
@@ -455,6 +470,7 @@ def test_all_seven_end_to_end_killed_and_resumed(fakes, capsys):
     assert [len(engine.asked) for engine in fakes.values()] == calls
     text = Path("runs/evaluate/report.md").read_text("utf-8")
     assert "| Complex Bench |" in text and "not the 734-item set" in text
+    assert Path("runs/evaluate/benchmarks.png").exists()
 
     # The stored replies score the stored answers again, without a model.
     stored = [json.loads(line) for line in Path("runs/evaluate/complexbench/rows/CoT.jsonl").read_text().splitlines()]
