@@ -258,12 +258,28 @@ def benchmark_item(key, messages, language, row, questions=(), group=None, **mor
 
 def load_ifeval(folder, path="ifeval/input_data.jsonl"):
     kinds = {"key": (int, str), "prompt": str, "instruction_id_list": list, "kwargs": list}
-    rows = [checked(folder / path, number, row, **kinds) for number, row in rewards.json_lines(folder / path)]
-    return [benchmark_item(row["key"], row["prompt"], "en", row) for row in rows]
+    items = []
+    for number, row in rewards.json_lines(folder / path):
+        checked(folder / path, number, row, **kinds)
+        known = [error is None for error in map(unscored, row["instruction_id_list"], row["kwargs"])]
+        items.append(benchmark_item(row["key"], row["prompt"], "en", row, known=known))
+        if path.startswith("ifeval") and not (all(known) and len(known) == len(row["instruction_id_list"])):
+            wrong = next(filter(None, map(unscored, row["instruction_id_list"], row["kwargs"])), "one per instruction")
+            raise InputError(f"{folder / path}:{number}: field 'kwargs': {wrong}; --prepare downloads the file anew")
+    return items
+
+
+def unscored(name, kwargs):
+    """Why rewards.check cannot score this constraint; None if it can."""
+    try:
+        rewards.check(name, kwargs, "x", mode="compat")
+    except ValueError as error:
+        return error
+    return None
 
 
 def load_ifbench(folder):
-    return load_ifeval(folder, "ifbench/IFBench_test.jsonl")
+    return load_ifeval(folder, "ifbench/IFBench_test.jsonl")  # kinds that CONSTRAINTS has not are not scored
 
 
 def load_cello(folder):
@@ -382,31 +398,20 @@ def ifeval_metrics(rows, protocol):
     return metrics | {"kinds": {name: mean(kinds[name]) for name in sorted(kinds)}}
 
 
-def known_constraint(name, kwargs):
-    """Can rewards.check score it? (IFBench: kinds that CONSTRAINTS has not are reported as not scored.)"""
-    try:
-        rewards.check(name, kwargs, "x")
-    except ValueError:
-        return False
-    return True
-
-
 def ifbench_verdict(item, answer, replies, protocol):
-    checks = zip(item["row"]["instruction_id_list"], item["row"]["kwargs"], strict=True)
-    known = [(name, kwargs) for name, kwargs in checks if known_constraint(name, kwargs)]
-    row = {"instruction_id_list": [name for name, _ in known], "kwargs": [kwargs for _, kwargs in known]}
-    names = item["row"]["instruction_id_list"]
-    return ifeval_verdict({"row": row}, answer, replies, protocol) | {"row": row, "unknown": set(names) - {
-        name for name, _ in known}, "all": len(names)}
+    return ifeval_verdict(item, answer, replies, protocol) if all(item["known"]) else {}
 
 
 def ifbench_metrics(rows, protocol):
-    covered = [({"row": verdict["row"]}, verdict) for _, verdict in rows if len(verdict["strict"]) == verdict["all"]]
-    metrics, asked = ifeval_metrics(covered, "official"), sum(verdict["all"] for _, verdict in rows)
-    names = ("prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose")
-    return metrics | {"headline": percent_of(mean([metrics[name] for name in names])),
-                      "not_scored": sorted(set().union(*(verdict["unknown"] for _, verdict in rows))),
-                      "share_scored": sum(len(verdict["strict"]) for _, verdict in covered) / asked if asked else None}
+    """IFEval's four, over the prompts of which every kind can be scored, and what cannot."""
+    scored = [(item, verdict) for item, verdict in rows if verdict]
+    metrics, names = ifeval_metrics(scored, protocol), [name for item, _ in rows
+                                                        for name in item["row"]["instruction_id_list"]]
+    unknown = {name for item, _ in rows
+               for name, known in zip(item["row"]["instruction_id_list"], item["known"], strict=True) if not known}
+    four = [metrics[name] for name in ("prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose")]
+    share = sum(len(verdict["strict"]) for _, verdict in scored) / len(names) if names else None
+    return metrics | {"headline": percent_of(mean(four)), "not_scored": sorted(unknown), "share_scored": share}
 
 
 def percent_of(share):
@@ -1721,9 +1726,13 @@ def paper_table(cfg):
         if not path.exists():
             raise InputError(f"{path}: is not there; --runs takes folders of evaluate.py --benchmarks runs")
         report = json.loads(path.read_text(encoding="utf-8"))
-        model = report["settings"]["base_model"].rstrip("/").split("/")[-1]
         for name, cells in report["benchmarks"].items() if isinstance(report["benchmarks"], dict) else []:
             for label, cell in cells.items():
+                model, base = (published["models"].get(name, name) for name in (
+                    path.rstrip("/").split("/")[-1] for path in (cell["settings"]["model"],
+                                                                 report["settings"]["base_model"])))
+                # A trained model stands in the lines of the model it was trained from.
+                model = model if model in published["table 1"]["rows"] else base
                 own.setdefault((model, label), {})[name] = cell
     if not own:
         raise InputError(f"--table {cfg.table}: no benchmark rows in {cfg.runs or cfg.run}; run --benchmarks first")

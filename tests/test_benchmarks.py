@@ -501,6 +501,26 @@ def test_methods_sc_sr_od_and_thought_model(fakes):
         evaluate.main(["--benchmarks", "ifeval", *FLAGS, "--method", "od"])
 
 
+def test_served_model_and_served_judge(fakes, monkeypatch):
+    talks = []
+
+    class Served:
+        def __init__(self, url, name, **_):
+            self.name = name
+
+        def chat(self, conversations, *, n, max_tokens, temperature, seed):
+            talks.extend((self.name, messages) for messages in conversations)
+            text = "yes" if self.name == "judge" else "<think>a b</think>three more words"
+            return [[Completion([], text, "stop", None)] for _ in conversations]
+
+    monkeypatch.setattr(evaluate, "Endpoint", Served)
+    evaluate.main(["--benchmarks", "infobench", *FLAGS, "--method", "cot", "--model-url", "u", "--judge-url", "u"])
+    cell = json.loads(Path("runs/evaluate/report.json").read_text("utf-8"))["benchmarks"]["infobench"]["CoT"]
+    assert (cell["drfr"], cell["thought_tokens"], cell["answer_tokens"]) == (1, 2, 3) and not fakes
+    assert [messages[0]["role"] for name, messages in talks if name == "m"] == ["system"] * 2
+    assert "the trigger alone" in Path("runs/evaluate/report.md").read_text("utf-8")
+
+
 def test_a_judge_is_needed(fakes):
     with pytest.raises(InputError, match="--judge"):
         evaluate.main(["--benchmarks", "cfbench", "--benchmark-dir", str(OWN), "--model", "m"])
@@ -538,7 +558,8 @@ def test_prepare_checks_and_names_the_licence(tmp_path, capsys):
 
 def test_tables_of_the_paper(tmp_path, capsys):
     cell = {"headline": 50.0, "low": 45.0, "high": 55.0, "And_1": 0.9, "drfr": 0.5, "prompt_strict": 0.2,
-            "instruction_strict": 0.3, "prompt_loose": 0.25, "instruction_loose": 0.35}
+            "instruction_strict": 0.3, "prompt_loose": 0.25, "instruction_loose": 0.35,
+            "settings": {"model": "runs/grpo/model"}}
     for label in ("I/O", "Ours"):
         folder = tmp_path / label.replace("/", "-")
         folder.mkdir()
