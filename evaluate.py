@@ -1,9 +1,14 @@
-"""Stage 4: measure models on a record file and write report.md, report.json and PNG plots.
+"""Stage 4: measure models on a record file or on seven public benchmarks; write report.md, report.json and PNG plots.
 
     python evaluate.py                                             rows I/O, CoT, SFT, Ours on the held-out prompts
     python evaluate.py --model runs/grpo/model --label Ours        one row; the report is rebuilt from all rows there
     python evaluate.py --method sdc --benchmarks my_records.jsonl  another inference method, another record file
     python evaluate.py --judge MODEL --judge-agreement FILE        accuracy, precision, recall, kappa of a judge
+    python evaluate.py --prepare --benchmark-dir benchmarks        download the benchmarks, print their licences
+    python evaluate.py --benchmarks ifeval,cello,cfbench,complexbench,fb-bench,followbench,infobench --model MODEL
+                       --method io --judge JUDGE --judge-url URL   answer, judge, score
+    python evaluate.py --score cello --responses FILE              score recorded answers: one JSON object on stdout
+    python evaluate.py --table 1 --runs runs/a,runs/b              the paper's table with our figures beside
 
 Decoding is greedy with one token limit for all rows. Thought and tags are removed before scoring; an answer with a
 broken format counts as a format failure and is scored on what is left of it. Every share comes with its n and a
@@ -71,7 +76,7 @@ class Config:
     method: str = ""  # how the one row is produced: io, cot, direct, sdc, sc, sr or od (default: cot)
     label: str = ""  # name of the one row in the tables (default: the name of its method)
     benchmarks: str = ""  # ifeval,cello,... or a record file (default: runs/evolve/ or data/ heldout.jsonl)
-    run: str = "runs/evaluate"  # folder of the report; rows of earlier calls in it stay in the tables
+    run: str = ""  # folder of the report, where earlier rows stay (default: runs/evaluate, or runs/benchmarks)
     base_model: str = "smollm2-135m"  # model of the rows I/O and CoT, and the judge of perplexity
     sft_model: str = "runs/sft/model"  # model of the row SFT
     ours_model: str = "runs/grpo/model"  # model of the row Ours
@@ -1962,14 +1967,15 @@ def write_report(cfg, records, rows, benchmark_path):
 
 def main(argv=None):
     cfg = parse_flags(Config, argv)
+    names = [name.strip() for name in cfg.benchmarks.split(",")] if cfg.benchmarks else []
+    on_benchmarks = bool(names) and all(name in BENCHMARKS for name in names)
+    cfg.run = cfg.run or ("runs/benchmarks" if on_benchmarks or cfg.table else "runs/evaluate")
     if cfg.score:
         print(json.dumps(score_files(cfg), ensure_ascii=False))
         return
     if cfg.table:
         print(paper_table(cfg))
         return
-    names = [name.strip() for name in cfg.benchmarks.split(",")] if cfg.benchmarks else []
-    on_benchmarks = bool(names) and all(name in BENCHMARKS for name in names)
     if cfg.prepare:
         prepare(names, Path(cfg.benchmark_dir))
         return

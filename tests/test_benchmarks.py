@@ -452,7 +452,7 @@ def test_all_seven_end_to_end_killed_and_resumed(fakes, capsys):
         evaluate.main(["--benchmarks", ALL, "--method", "cot", *FLAGS])
     fakes["judge"].fail_after = None
     evaluate.main(["--benchmarks", ALL, "--method", "cot", *FLAGS])
-    report = json.loads(Path("runs/evaluate/report.json").read_text("utf-8"))["benchmarks"]
+    report = json.loads(Path("runs/benchmarks/report.json").read_text("utf-8"))["benchmarks"]
     assert list(report) == ALL.split(",")
     cells = {name: rows["CoT"] for name, rows in report.items()}
     assert cells["cfbench"]["n"] == {"asked": 2, "answered": 2, "judged": 2, "unparsable": 2}
@@ -468,16 +468,16 @@ def test_all_seven_end_to_end_killed_and_resumed(fakes, capsys):
     calls = [len(engine.asked) for engine in fakes.values()]
     evaluate.main(["--benchmarks", ALL, "--method", "cot", *FLAGS])
     assert [len(engine.asked) for engine in fakes.values()] == calls
-    text = Path("runs/evaluate/report.md").read_text("utf-8")
+    text = Path("runs/benchmarks/report.md").read_text("utf-8")
     assert "| Complex Bench |" in text and "not the 734-item set" in text
-    assert Path("runs/evaluate/benchmarks.png").exists()
+    assert Path("runs/benchmarks/benchmarks.png").exists()
 
     # The stored replies score the stored answers again, without a model.
-    stored = [json.loads(line) for line in Path("runs/evaluate/complexbench/rows/CoT.jsonl").read_text().splitlines()]
+    stored = [json.loads(line) for line in Path("runs/benchmarks/complexbench/rows/CoT.jsonl").read_text().splitlines()]
     Path("r.jsonl").write_text("".join(json.dumps({"id": r["id"], "response": r["text"]}) + "\n" for r in stored))
     capsys.readouterr()
     evaluate.main(["--score", "complexbench", "--benchmark-dir", str(OWN), "--responses", "r.jsonl",
-                   "--judgements", "runs/evaluate/complexbench/judgements/CoT.jsonl"])
+                   "--judgements", "runs/benchmarks/complexbench/judgements/CoT.jsonl"])
     assert json.loads(capsys.readouterr().out)["drfr"] == cells["complexbench"]["drfr"]
 
 
@@ -487,7 +487,7 @@ def test_methods_sc_sr_od_and_thought_model(fakes):
     evaluate.main([*flags, "--method", "sr"])
     evaluate.main([*flags, "--method", "od"])
     evaluate.main([*flags, "--method", "sdc", "--thought-model", "thinker"])
-    rows = {label: [json.loads(line) for line in Path(f"runs/evaluate/infobench/rows/{label}.jsonl").open()]
+    rows = {label: [json.loads(line) for line in Path(f"runs/benchmarks/infobench/rows/{label}.jsonl").open()]
             for label in ("SC", "SR", "OD", "SDC")}
     assert [row["answer"] for row in rows["SC"]] == ["same", "same"]  # most like the others
     assert rows["SC"][0]["written_tokens"] == len("odd one" + "same" + "same again")
@@ -515,10 +515,10 @@ def test_served_model_and_served_judge(fakes, monkeypatch):
 
     monkeypatch.setattr(evaluate, "Endpoint", Served)
     evaluate.main(["--benchmarks", "infobench", *FLAGS, "--method", "cot", "--model-url", "u", "--judge-url", "u"])
-    cell = json.loads(Path("runs/evaluate/report.json").read_text("utf-8"))["benchmarks"]["infobench"]["CoT"]
+    cell = json.loads(Path("runs/benchmarks/report.json").read_text("utf-8"))["benchmarks"]["infobench"]["CoT"]
     assert (cell["drfr"], cell["thought_tokens"], cell["answer_tokens"]) == (1, 2, 3) and not fakes
     assert [messages[0]["role"] for name, messages in talks if name == "m"] == ["system"] * 2
-    assert "the trigger alone" in Path("runs/evaluate/report.md").read_text("utf-8")
+    assert "the trigger alone" in Path("runs/benchmarks/report.md").read_text("utf-8")
 
 
 def test_a_judge_is_needed(fakes):
@@ -532,7 +532,7 @@ def test_ifbench_names_what_it_cannot_score(tmp_path, fakes):
             for k, (name, n) in enumerate([("punctuation:no_comma", None), ("count:nothing_known", 3)])]
     (tmp_path / "ifbench" / "IFBench_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluate.main(["--benchmarks", "ifbench", "--benchmark-dir", str(tmp_path), "--model", "m", "--resamples", "5"])
-    cell = json.loads(Path("runs/evaluate/report.json").read_text("utf-8"))["benchmarks"]["ifbench"]["CoT"]
+    cell = json.loads(Path("runs/benchmarks/report.json").read_text("utf-8"))["benchmarks"]["ifbench"]["CoT"]
     assert cell["prompt_strict"] == 1 and cell["not_scored"] == ["count:nothing_known"] and cell["share_scored"] == 0.5
 
 
