@@ -1276,8 +1276,8 @@ def score_files(cfg):
                          "{\"id\": ..., \"question\": ..., \"reply\": ...} rows")
     if unused := len(replies.keys() - {item["id"] for item, _ in responses}):
         print(f"{cfg.judgements}: {unused} ids are not among the responses; not used", file=sys.stderr)
-    rows = [(item, None if response is None else answer_text(response, cfg.family), replies.get(item["id"], {}))
-            for item, response in responses]
+    rows = [(item, None if response is None else rewards.parse_response(response, cfg.family).answer,
+             replies.get(item["id"], {})) for item, response in responses]
     metrics, _ = score_answers(cfg.score, rows, cfg.protocol)
     return {"benchmark": cfg.score, "protocol": cfg.protocol, **metrics}
 
@@ -1419,9 +1419,10 @@ def answer_chunk(engine, tokenizer, records, method, cfg):
     items = []
     for k, (record, (text, truncated), (thought, thought_truncated)) in enumerate(
             zip(records, final, thoughts, strict=True)):
+        parsed = rewards.parse_response(text, cfg.family)
         if method != "sdc" and "</think>" in text:
-            thought = rewards.parse_response(text, cfg.family).think
-        answer = answer_text(text, cfg.family)
+            thought = parsed.think
+        answer = answer_text(text, cfg.family) if "task" in record else parsed.answer  # as --score does
         answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"] if tokenizer else answer.split()
         items.append({
             "id": record["id"],
@@ -1429,7 +1430,7 @@ def answer_chunk(engine, tokenizer, records, method, cfg):
             "thought": thought,
             "answer": answer,
             **(score_item(record, text, cfg.family) if "task" in record else {}),
-            "format_ok": rewards.parse_response(text, cfg.family).format_ok if method == "cot" else None,
+            "format_ok": parsed.format_ok if method == "cot" else None,
             "truncated": truncated or thought_truncated,
             "thought_tokens": tokens(thought),
             "answer_tokens": tokens(answer),

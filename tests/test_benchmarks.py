@@ -228,6 +228,8 @@ def test_ifeval_own(tmp_path, capsys):
     result = score_own(tmp_path, capsys, "ifeval", rows)
     assert result["prompt_strict"] == 2 / 4 and result["instruction_strict"] == 3 / 6
     assert result["n"] == {"asked": 4, "answered": 3, "judged": 0, "unparsable": 0}
+    unfinished = score_own(tmp_path, capsys, "ifeval", answers(_1="<think>\n" + rows[0]["response"]))
+    assert unfinished["instruction_strict"] == 0 and unfinished["n"]["answered"] == 1  # a thought is no answer
     rows[0]["response"] = "Sure:\n- Nile\n- Rhine\n- Po\n- Done\n"
     rows[0]["id"] = 3
     rows = [rows[0]]  # a file may hold a part; four bullets fail, three are left of the loose variant
