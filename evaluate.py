@@ -1276,6 +1276,8 @@ def score_files(cfg):
                          "{\"id\": ..., \"question\": ..., \"reply\": ...} rows")
     if unused := len(replies.keys() - {item["id"] for item, _ in responses}):
         print(f"{cfg.judgements}: {unused} ids are not among the responses; not used", file=sys.stderr)
+    # parse_response alone: of a thought that never ends nothing is left. (Rows that are generated here go through
+    # answer_text; to score them again exactly, give their `answer` as the response.)
     rows = [(item, None if response is None else rewards.parse_response(response, cfg.family).answer,
              replies.get(item["id"], {})) for item, response in responses]
     metrics, _ = score_answers(cfg.score, rows, cfg.protocol)
@@ -1422,7 +1424,7 @@ def answer_chunk(engine, tokenizer, records, method, cfg):
         parsed = rewards.parse_response(text, cfg.family)
         if method != "sdc" and "</think>" in text:
             thought = parsed.think
-        answer = answer_text(text, cfg.family) if "task" in record else parsed.answer  # as --score does
+        answer = answer_text(text, cfg.family)
         answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"] if tokenizer else answer.split()
         items.append({
             "id": record["id"],

@@ -476,7 +476,7 @@ def test_all_seven_end_to_end_killed_and_resumed(fakes, capsys):
 
     # The stored replies score the stored answers again, without a model.
     stored = [json.loads(line) for line in Path("runs/benchmarks/complexbench/rows/CoT.jsonl").read_text().splitlines()]
-    Path("r.jsonl").write_text("".join(json.dumps({"id": r["id"], "response": r["text"]}) + "\n" for r in stored))
+    Path("r.jsonl").write_text("".join(json.dumps({"id": r["id"], "response": r["answer"]}) + "\n" for r in stored))
     capsys.readouterr()
     evaluate.main(["--score", "complexbench", "--benchmark-dir", str(OWN), "--responses", "r.jsonl",
                    "--judgements", "runs/benchmarks/complexbench/judgements/CoT.jsonl"])
