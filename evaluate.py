@@ -1702,8 +1702,9 @@ def plot_benchmarks(report, path):
     axes[0, 0].legend(frameon=False)
     if shares:
         kinds = list(next(iter(shares.values())))
-        axes[1, 0].imshow([[row.get(kind, np.nan) for kind in kinds] for row in shares.values()], aspect="auto",
-                          vmin=0, vmax=1, cmap="viridis")
+        image = axes[1, 0].imshow([[row.get(kind, np.nan) for kind in kinds] for row in shares.values()],
+                                  aspect="auto", vmin=0, vmax=1, cmap="viridis")
+        fig.colorbar(image, label="met, strict")
         axes[1, 0].set(yticks=range(len(shares)), yticklabels=shares, xticks=range(len(kinds)))
         axes[1, 0].set_xticklabels(kinds, rotation=90, fontsize=7)
     fig.savefig(path, dpi=120)
