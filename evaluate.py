@@ -76,7 +76,7 @@ class Config:
     method: str = ""  # how the one row is produced: io, cot, direct, sdc, sc, sr or od (default: cot)
     label: str = ""  # name of the one row in the tables (default: the name of its method)
     benchmarks: str = ""  # ifeval,cello,... or a record file (default: runs/evolve/ or data/ heldout.jsonl)
-    run: str = ""  # folder of the report, where earlier rows stay (default: runs/evaluate, or runs/benchmarks)
+    out: str = ""  # folder of the report, where earlier rows stay (default: runs/evaluate, or runs/benchmarks)
     base_model: str = "smollm2-135m"  # model of the rows I/O and CoT, and the judge of perplexity
     sft_model: str = "runs/sft/model"  # model of the row SFT
     ours_model: str = "runs/grpo/model"  # model of the row Ours
@@ -101,7 +101,7 @@ class Config:
     benchmark_dir: str = "benchmarks"  # folder that holds ifeval/, cello/ and so on, the authors' own files
     prepare: bool = False  # download the files of --benchmarks (default: all) into --benchmark-dir, and check them
     table: str = ""  # print a table of the paper beside ours from --runs: 1, 2, ablation or 5
-    runs: str = ""  # run folders of --table, separated by commas (default: --run)
+    runs: str = ""  # run folders of --table, separated by commas (default: --out)
     responses: str = ""  # with --score: JSONL of {"id": ..., "response": text or null}
     judgements: str = ""  # with --score: JSONL of {"id": ..., "question": number or null, "reply": a judge's raw text}
     protocol: str = "official"  # official, raif (official with the headline of RAIF's Table 1) or corrected
@@ -1316,13 +1316,13 @@ def open_row(cfg, label, model, method, benchmark):
     keys = ["family", "max_new_tokens", "limit", "engine", "precision", "model_url", "thought_model"]
     keys += {"sc": ["samples", "seed"], "sr": ["refine_turns"]}.get(method, [])
     settings |= {key: getattr(cfg, key) for key in keys}
-    items_file, settings_file = row_files(cfg.run, label)
+    items_file, settings_file = row_files(cfg.out, label)
     items = read_jsonl(items_file)
     if items:
         old = json.loads(settings_file.read_text(encoding="utf-8"))
         if (old["model"], old["method"]) != (model, method):
             raise InputError(f"{settings_file}: row {label!r} holds model {old['model']} with method {old['method']}; "
-                             f"pass another --label or --run")
+                             f"pass another --label or --out")
         changed = [key for key in settings if old.get(key, getattr(Config, key, None)) != settings[key]]
         changed += ["--no-resume"] * (not cfg.resume)
         if not changed:
@@ -1450,7 +1450,7 @@ def answer_row(cfg, label, model_name, method, records, benchmark, load):
     rank, world = init_distributed()
     opened = open_row(cfg, label, model_name, method, benchmark) if rank == 0 else None
     settings, items = gather_objects([opened])[0]
-    items_file, settings_file = row_files(cfg.run, label)
+    items_file, settings_file = row_files(cfg.out, label)
     done = {item["id"] for item in items}
     todo = [record for record in records if record["id"] not in done]
     with tqdm(total=len(records), initial=len(done), desc=label, unit="prompt", disable=rank > 0) as bar:
@@ -1473,9 +1473,9 @@ def with_thoughts(cfg, label, method, records, benchmark, load):
     """The records, for sdc with --thought-model each with that model's thought (a row of RUN/thoughts)."""
     if method != "sdc" or not cfg.thought_model:
         return records
-    own = replace(cfg, run=str(Path(cfg.run) / "thoughts"), thought_model="")
+    own = replace(cfg, out=str(Path(cfg.out) / "thoughts"), thought_model="")
     answer_row(own, label, cfg.thought_model, "cot", records, benchmark, load)
-    thoughts = {row["id"]: row["thought"] for row in read_jsonl(row_files(own.run, label)[0])}
+    thoughts = {row["id"]: row["thought"] for row in read_jsonl(row_files(own.out, label)[0])}
     return [{**record, "thought": thoughts[record["id"]]} for record in records]
 
 
@@ -1505,7 +1505,7 @@ def add_perplexity(cfg, records, rows, load):
             model, tokenizer, _ = load(cfg.base_model)
             some, answers = [records[k] for k in chosen], [items[k]["answer"] for k in chosen]
             settings["perplexity"] = {"base": base, "value": answer_perplexity(model, tokenizer, some, answers)}
-            write_atomic(row_files(cfg.run, label)[1], json.dumps(settings, indent=1))
+            write_atomic(row_files(cfg.out, label)[1], json.dumps(settings, indent=1))
 
 
 # ---------------------------------------------------------------- running the benchmarks
@@ -1546,7 +1546,7 @@ def judge_answers(cfg, name, label, pairs, chat):
     Replies are kept in judgements/LABEL.jsonl of the run, a file that --judgements reads; a killed run asks only what
     is missing, and an answer that changed is judged anew.
     """
-    path, benchmark = Path(cfg.run) / "judgements" / row_files(cfg.run, label)[0].name, BENCHMARKS[name]
+    path, benchmark = Path(cfg.out) / "judgements" / row_files(cfg.out, label)[0].name, BENCHMARKS[name]
     stamp = {item["id"]: hashlib.sha256(answer.encode()).hexdigest()[:16] for item, answer in pairs}
     kept = [row for row in read_jsonl(path) if (row["answer"], row["judge"]) == (stamp.get(row["id"]), cfg.judge)]
     write_jsonl(path, kept)
@@ -1608,7 +1608,7 @@ def run_benchmarks(cfg, names, jobs, load):
         if any(item["questions"] for item in items) and not cfg.judge:
             raise InputError(f"--benchmarks {name}: give --judge MODEL, with --judge-url if it is served")
         sha = hashlib.sha256(json.dumps([item["messages"] for item in items]).encode()).hexdigest()
-        todo.append((name, items, sha, replace(cfg, run=str(Path(cfg.run) / name))))
+        todo.append((name, items, sha, replace(cfg, out=str(Path(cfg.out) / name))))
     for _, items, sha, own in todo:
         for label, model, method in jobs:
             answer_row(own, label, model, method, with_thoughts(own, label, method, items, sha, load), sha, load)
@@ -1616,11 +1616,11 @@ def run_benchmarks(cfg, names, jobs, load):
         return report
     chat = local_chat(cfg.judge, load)
     if cfg.judge_url:
-        chat = Endpoint(cfg.judge_url, cfg.judge, cache=Path(cfg.run) / "judge_cache").chat
+        chat = Endpoint(cfg.judge_url, cfg.judge, cache=Path(cfg.out) / "judge_cache").chat
     for name, items, sha, own in todo:
         wanted = {"benchmark": sha, "limit": cfg.limit, "max_new_tokens": cfg.max_new_tokens}
         cells = report["benchmarks"][name] = {}
-        for label, (settings, answers) in read_rows(own.run, items, wanted).items():
+        for label, (settings, answers) in read_rows(own.out, items, wanted).items():
             pairs = [(item, row["answer"]) for item, row in zip(items, answers, strict=True)]
             replies = judge_answers(own, name, label, pairs, chat) if any(item["questions"] for item in items) else {}
             metrics, judged = score_answers(
@@ -1631,9 +1631,9 @@ def run_benchmarks(cfg, names, jobs, load):
             formats = [not row["format_ok"] for row in answers if row["format_ok"] is not None]
             cells[label] = {"low": low, "high": high, **metrics, **means, "format_failures": mean(formats),
                             "settings": settings, "seconds": settings["seconds"], "judge": cfg.judge}
-    write_atomic(Path(cfg.run) / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
-    write_atomic(Path(cfg.run) / "report.md", benchmarks_markdown(report))
-    plot_benchmarks(report, Path(cfg.run) / "benchmarks.png")
+    write_atomic(Path(cfg.out) / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
+    write_atomic(Path(cfg.out) / "report.md", benchmarks_markdown(report))
+    plot_benchmarks(report, Path(cfg.out) / "benchmarks.png")
     return report
 
 
@@ -1730,7 +1730,7 @@ def paper_table(cfg):
     columns, rows = (published[f"table {cfg.table}"][key] for key in ("columns", "rows"))
     titles = {benchmark.title: name for name, benchmark in BENCHMARKS.items()}
     own, lines, notes = {}, [], []  # (model, label) -> benchmark -> cell of its report
-    for folder in (cfg.runs or cfg.run).split(","):
+    for folder in (cfg.runs or cfg.out).split(","):
         path = Path(folder.strip()) / "report.json"
         if not path.exists():
             raise InputError(f"{path}: is not there; --runs takes folders of evaluate.py --benchmarks runs")
@@ -1744,7 +1744,7 @@ def paper_table(cfg):
                 model = model if model in published["table 1"]["rows"] else base
                 own.setdefault((model, label), {})[name] = cell
     if not own:
-        raise InputError(f"--table {cfg.table}: no benchmark rows in {cfg.runs or cfg.run}; run --benchmarks first")
+        raise InputError(f"--table {cfg.table}: no benchmark rows in {cfg.runs or cfg.out}; run --benchmarks first")
 
     def line(model, label, printed):
         """One row of cells: our figure with its interval, and what the paper prints."""
@@ -1959,7 +1959,7 @@ def write_report(cfg, records, rows, benchmark_path):
     """report.json, report.md and the PNG plots in the run folder; returns the report."""
     report = {"benchmarks": str(benchmark_path), "settings": asdict(cfg),
               **summarise(records, rows, resamples=cfg.resamples, seed=cfg.seed)}
-    folder, plots, curves = Path(cfg.run), ["rows.png"], training_curves(cfg)
+    folder, plots, curves = Path(cfg.out), ["rows.png"], training_curves(cfg)
     plot_rows(report, folder / "rows.png")
     if curves:
         plot_training(curves, folder / "training.png")
@@ -1973,7 +1973,7 @@ def main(argv=None):
     cfg = parse_flags(Config, argv)
     names = [name.strip() for name in cfg.benchmarks.split(",")] if cfg.benchmarks else []
     on_benchmarks = bool(names) and all(name in BENCHMARKS for name in names)
-    cfg.run = cfg.run or ("runs/benchmarks" if on_benchmarks or cfg.table else "runs/evaluate")
+    cfg.out = cfg.out or ("runs/benchmarks" if on_benchmarks or cfg.table else "runs/evaluate")
     if cfg.score:
         print(json.dumps(score_files(cfg), ensure_ascii=False))
         return
@@ -1984,11 +1984,11 @@ def main(argv=None):
         prepare(names, Path(cfg.benchmark_dir))
         return
     if cfg.judge_agreement:
-        judge = make_judge(cfg.judge, cfg.judge_url, precision=cfg.precision, cache=Path(cfg.run) / "judge_cache")
+        judge = make_judge(cfg.judge, cfg.judge_url, precision=cfg.precision, cache=Path(cfg.out) / "judge_cache")
         if judge is None:
             raise InputError("--judge-agreement: which judge? give --judge MODEL, with --judge-url if it is served")
         agreement, verdicts = judge_agreement(judge, cfg.judge_agreement, cfg.limit)
-        write_jsonl(Path(cfg.run) / "judge_agreement.jsonl", verdicts)
+        write_jsonl(Path(cfg.out) / "judge_agreement.jsonl", verdicts)
         print(json.dumps({"judge": cfg.judge, **agreement}))
         return
     if not on_benchmarks:
@@ -2009,7 +2009,7 @@ def main(argv=None):
         jobs = [("I/O", cfg.base_model, "io"), ("CoT", cfg.base_model, "cot"),
                 ("SFT", cfg.sft_model, "cot"), ("Ours", cfg.ours_model, "cot")]
     rank, _ = init_distributed()
-    open_run(cfg.run, cfg, resume=True)
+    open_run(cfg.out, cfg, resume=True)
 
     loaded = {}
 
@@ -2037,12 +2037,12 @@ def main(argv=None):
     if rank:
         return
     wanted = {"benchmark": sha, "limit": cfg.limit, "max_new_tokens": cfg.max_new_tokens}
-    rows = read_rows(cfg.run, records, wanted)
+    rows = read_rows(cfg.out, records, wanted)
     add_perplexity(cfg, records, rows, load)
     report = write_report(cfg, records, rows, path)
     for label, row in report["rows"].items():
         print(f"{label:8} all constraints met {percent(row['all']['all_strict'])} %  ({row['seconds']:.0f} s)")
-    print(f"report: {Path(cfg.run) / 'report.md'}")
+    print(f"report: {Path(cfg.out) / 'report.md'}")
 
 
 if __name__ == "__main__":

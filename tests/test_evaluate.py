@@ -329,7 +329,7 @@ def test_judge_agreement(tmp_path, capsys, monkeypatch):
     assert report["kappa"] == pytest.approx((0.8 - 0.52) / 0.48) and report["n"] == 10
     assert [row["verdict"] for row in verdicts] == [row["answer"] == "tea" for row in rows]
     monkeypatch.setattr(evaluate, "make_judge", lambda *args, **kwargs: Judge())
-    evaluate.main(["--judge", "toy", "--judge-agreement", str(path), "--run", str(tmp_path / "run")])
+    evaluate.main(["--judge", "toy", "--judge-agreement", str(path), "--out", str(tmp_path / "run")])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"] == 0.8
     path.write_text('{"instruction": "Write.", "answer": "tea", "question": "Is it?", "label": "yes"}\n')
     with pytest.raises(evaluate.InputError, match=r"labels.jsonl:1: field 'label'"):

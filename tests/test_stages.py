@@ -51,7 +51,7 @@ def test_all_stages_on_a_tiny_model(tiny, tmp_path):
     last = m.read_jsonl(tmp_path / "grpo/metrics.jsonl")[-1]
     assert last["direct_rollouts"] > 0 and {"skip_rate", "flat_groups", "kl", "clip_share", "bc_loss"} <= set(last)
 
-    run_stage("evaluate.py", "--benchmarks", tmp_path / "evolve/heldout.jsonl", "--run", tmp_path / "evaluate",
+    run_stage("evaluate.py", "--benchmarks", tmp_path / "evolve/heldout.jsonl", "--out", tmp_path / "evaluate",
               "--base-model", tiny, "--sft-model", tmp_path / "sft/model", "--ours-model", tmp_path / "grpo/model",
               "--max-new-tokens", 16, "--resamples", 200)
     report = json.loads((tmp_path / "evaluate/report.json").read_text())
@@ -66,7 +66,7 @@ def test_ranks_share_the_generation_of_drafts_and_answers(tiny, tmp_path):
                   "--heldout", 4, "--ood", 2, "--precision", "fp32", processes=processes)
         run_stage("evaluate.py", "--model", tiny, "--method", "io", "--benchmarks", m.data_dir / "heldout.jsonl",
                   "--limit", 9, "--base-model", tiny, "--max-new-tokens", 8, "--precision", "fp32", "--resamples", 100,
-                  "--run", out / "evaluate", processes=processes)
+                  "--out", out / "evaluate", processes=processes)
     one, two = (tmp_path / name for name in "12")
     assert (one / "evolve/train.jsonl").read_text() == (two / "evolve/train.jsonl").read_text()
     rows = [m.read_jsonl(folder / "evaluate/rows/I-O.jsonl") for folder in (one, two)]
@@ -87,6 +87,6 @@ def test_a_short_run_of_the_real_model(tmp_path):
     assert row["kl"] < 1e-6 and row["clip_share"] == 0  # the first update is on-policy, at the reference itself
     assert row["direct_rollouts"] == 4
     run_stage("evaluate.py", "--benchmarks", m.data_dir / "heldout.jsonl", "--limit", 2, "--model",
-              tmp_path / "grpo/model", "--label", "Ours", "--max-new-tokens", 32, "--run", tmp_path / "evaluate",
+              tmp_path / "grpo/model", "--label", "Ours", "--max-new-tokens", 32, "--out", tmp_path / "evaluate",
               "--perplexity-items", 0, **threads)
     assert json.loads((tmp_path / "evaluate/report.json").read_text())["rows"]["Ours"]["all"]["all_strict"]["n"] == 2
