@@ -107,18 +107,16 @@ def keep_freed_memory(*, trim: bool = False) -> None:
     """CPU training on Linux: let glibc reuse freed blocks instead of returning them to the kernel (a third faster).
 
     Every micro-batch frees and takes gigabytes, by default each time as fresh pages that the kernel has to zero.
-    Call once at the start; with trim=True now and then, or fragments add up to twice the memory. One arena: else the
-    backward pass, which runs in a thread of its own, cannot use what the forward pass has freed.
+    Call once at the start; with trim=True now and then, or fragments add up to twice the memory.
     """
     if sys.platform != "linux" or torch.cuda.is_available() or not hasattr(ctypes.CDLL(None), "mallopt"):
         return
-    glibc, (M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX) = ctypes.CDLL(None), (-1, -4, -8)
+    glibc, (M_TRIM_THRESHOLD, M_MMAP_MAX) = ctypes.CDLL(None), (-1, -4)
     if trim:
         glibc.malloc_trim(0)
     else:
         glibc.mallopt(M_MMAP_MAX, 0)
         glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        glibc.mallopt(M_ARENA_MAX, 1)
 
 
 # ---------------------------------------------------------------- devices and processes
