@@ -1,6 +1,6 @@
 """Stage 3: GRPO with the superior-CoT rule and the behaviour-cloning term (RAIF, arXiv 2506.01413, section 3).
 
-    python grpo.py                                             # SmolLM2-135M from runs/sft/model, about 15 minutes
+    python grpo.py                                             # SmolLM2-135M from runs/sft/model, about 20 minutes
     torchrun --standalone --nproc-per-node 2 grpo.py           # the same gradient from two processes
     torchrun --nproc-per-node 4 grpo.py --preset paper-1.5b --records FILE
     python grpo.py --resume                                    # go on after a kill: bit for bit the same weights on CPU
@@ -157,10 +157,15 @@ class Row:
     sampled_logp: list[float] | None = None  # the same by the engine's: only compared
 
 
+def filler() -> list[list[Row]]:
+    """A micro-batch of weight 0, for a rank that has none left (new each time: rows keep log-probabilities)."""
+    return [[Row([0, 0], 1)]]
+
+
 def policy_backward(policy, reference, rows: list[Row], normalizer: int, cfg: Config, dtype) -> dict:
     """Accumulate the gradient of L_policy + kl_coef · L_KL over these rows; returns the summed stats."""
     totals = Counter()
-    for packs, weight in m.equal_counts(m.micro_batches(rows, cfg.micro_tokens), [[Row([0, 0], 1)]]):
+    for packs, weight in m.equal_counts(m.micro_batches(rows, cfg.micro_tokens), filler()):
         batch, pairs = flatten(packs)
         ref_logp_BR = None
         if reference is not None:
@@ -185,7 +190,7 @@ def policy_backward(policy, reference, rows: list[Row], normalizer: int, cfg: Co
 def cloning_backward(policy, rows: list[Row], normalizer: int, cfg: Config, dtype) -> float:
     """Accumulate the gradient of λ · mean_i mean_t −log π_θ(ỹ|x̃) (Eq. 8) over expert rows; returns the BC loss."""
     total = 0.0
-    for packs, weight in m.equal_counts(m.micro_batches(rows, cfg.micro_tokens), [[Row([0, 0], 1)]]):
+    for packs, weight in m.equal_counts(m.micro_batches(rows, cfg.micro_tokens), filler()):
         logp_BR, mask_BR = m.row_logprobs(policy, flatten(packs)[1], dtype)
         loss = -weight * (logp_BR.sum(1) / mask_BR.sum(1)).sum() / normalizer
         (cfg.bc_coef * loss).backward()
@@ -196,7 +201,7 @@ def cloning_backward(policy, rows: list[Row], normalizer: int, cfg: Config, dtyp
 @torch.no_grad()
 def store_old_logprobs(policy, rows: list[Row], cfg: Config, dtype) -> None:
     """Fill in old_logp: the sampling policy's log-probabilities, needed once the policy moves on."""
-    for packs, _ in m.equal_counts(m.micro_batches(rows, cfg.micro_tokens), [[Row([0, 0], 1)]]):
+    for packs, _ in m.equal_counts(m.micro_batches(rows, cfg.micro_tokens), filler()):
         batch, pairs = flatten(packs)
         keep_logprobs(batch, *m.row_logprobs(policy, pairs, dtype, cfg.temperature))
 
@@ -244,8 +249,10 @@ def load_pools(cfg: Config, tokenizer) -> dict[str, list[dict]]:
         print(f"{len(records) - len(fitting)} of {len(records)} prompts exceed {cfg.max_prompt_tokens} tokens: "
               "left out", file=sys.stderr)
     if cfg.code_only:
-        fitting = [code_only(record) for record in fitting]
-        fitting = [record for record in fitting if record["task"] == "math" or record["constraints"]]
+        stripped = [code_only(record) for record in fitting]
+        fitting = [record for record in stripped if record["task"] == "math" or record["constraints"]]
+        print(f"--code-only: {len(stripped) - len(fitting)} of {len(stripped)} records have no active code constraint: "
+              "left out", file=sys.stderr)
     pools = {
         "instruction": [record for record in fitting if record["task"] == "instruction" and cfg.data != "math"],
         "math": [record for record in fitting if record["task"] == "math" and cfg.data != "complex"],

@@ -1052,7 +1052,7 @@ def training_plan(model, *, dtype, shard=False, offload="none", checkpointing=Fa
     on_gpu = torch.cuda.is_available()
     width = config.hidden_size + config.intermediate_size  # activations kept for backward: some 10 + 3 vectors a layer
     kept = 2 * config.hidden_size if checkpointing else 10 * config.hidden_size + 3 * width
-    gigabytes = {
+    sizes = {  # bytes
         "weights, gradients, Adam (float32)": 0 if offload == "all" and on_gpu else 16 * count / parts,
         "reference": 0 if not reference or (offload != "none" and on_gpu) else 4 * count / parts,
         "rollout weights": 2 * count if engine == "hf" else 0,
@@ -1061,7 +1061,7 @@ def training_plan(model, *, dtype, shard=False, offload="none", checkpointing=Fa
     }
     total = torch.cuda.get_device_properties(where).total_memory if on_gpu else 0
     if engine == "vllm":
-        gigabytes["vllm's share"] = engine_share * total
+        sizes["vllm's share"] = engine_share * total
 
     def seconds(run, repeats=3):
         best = float("inf")
@@ -1076,8 +1076,8 @@ def training_plan(model, *, dtype, shard=False, offload="none", checkpointing=Fa
     flops, bandwidth = 2 * 2048**3 / seconds(lambda: matrix @ matrix), 2 * 2**26 / seconds(block.clone)
     update_s = trained_tokens / world * count * (8 if reference else 6) / (flops / 2)
     rollout_s = rollout_tokens / world * 2 * count * max(1 / 64 / (bandwidth / 2), 1 / (flops / 2))
-    rows = [f"  {name:36} {size / 1e9:7.1f} GB" for name, size in gigabytes.items() if size]
-    need = sum(gigabytes.values()) / 1e9
+    rows = [f"  {name:36} {size / 1e9:7.1f} GB" for name, size in sizes.items() if size]
+    need = sum(sizes.values()) / 1e9
     rows.append(f"  {'in all':36} {need:7.1f} GB" + (f" of {total / 1e9:.0f}" if on_gpu else ""))
     if on_gpu and need * 1e9 > total:
         rows.append("  this does not fit: give --shard with more GPUs, --activation-checkpointing, --offload, or a "
