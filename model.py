@@ -107,7 +107,8 @@ def keep_freed_memory(*, trim: bool = False) -> None:
     """CPU training on Linux: let glibc reuse freed blocks instead of returning them to the kernel (a third faster).
 
     Every micro-batch frees and takes gigabytes, by default each time as fresh pages that the kernel has to zero.
-    Call once at the start; with trim=True now and then, or fragments add up to twice the memory.
+    Call once before the first matrix product; with trim=True now and then, or fragments add up. oneDNN and its bridge
+    in torch also keep up to 1,024 compiled kernels each, one per *shape*: 100 MB a GRPO step, hence their limits.
     """
     if sys.platform != "linux" or torch.cuda.is_available() or not hasattr(ctypes.CDLL(None), "mallopt"):
         return
@@ -117,6 +118,8 @@ def keep_freed_memory(*, trim: bool = False) -> None:
     else:
         glibc.mallopt(M_MMAP_MAX, 0)
         glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(name, "64")
 
 
 # ---------------------------------------------------------------- devices and processes
