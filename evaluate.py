@@ -1582,17 +1582,18 @@ def judge_answers(cfg, name, label, pairs, chat):
     return replies
 
 
-def headline_interval(name, judged, protocol, resamples, seed):
-    """95 % percentile-bootstrap limits of the headline over groups of items; (None, None) without a headline."""
+def metric_intervals(name, judged, protocol, resamples, seed):
+    """Metric -> its 95 % percentile-bootstrap limits over groups of items; a metric without a value is left out."""
     groups = {}
     for item, verdict in judged:
         groups.setdefault(item["group"], []).append((item, verdict))
-    groups, rng, values = list(groups.values()), np.random.default_rng(seed), []
+    groups, rng, values = list(groups.values()), np.random.default_rng(seed), {}
     for _ in range(min(resamples, 1000)):
         rows = [pair for k in rng.integers(0, len(groups), len(groups)) for pair in groups[k]]
-        values.append(BENCHMARKS[name].aggregate(rows, protocol)["headline"])
-    values = [value for value in values if value is not None]
-    return tuple(map(float, np.percentile(values, [2.5, 97.5]))) if values else (None, None)
+        for key, value in BENCHMARKS[name].aggregate(rows, protocol).items():
+            if isinstance(value, float):
+                values.setdefault(key, []).append(value)
+    return {key: list(map(float, np.percentile(found, [2.5, 97.5]))) for key, found in values.items()}
 
 
 def run_benchmarks(cfg, names, jobs, load):
@@ -1625,12 +1626,14 @@ def run_benchmarks(cfg, names, jobs, load):
             replies = judge_answers(own, name, label, pairs, chat) if any(item["questions"] for item in items) else {}
             metrics, judged = score_answers(
                 name, [(item, answer, replies.get(item["id"], {})) for item, answer in pairs], cfg.protocol)
-            low, high = headline_interval(name, judged, cfg.protocol, cfg.resamples, cfg.seed)
+            intervals = metric_intervals(name, judged, cfg.protocol, cfg.resamples, cfg.seed)
+            low, high = intervals.get("headline", (None, None))
             means = {key: mean([row[key] for row in answers]) for key in (
                 "thought_tokens", "answer_tokens", "written_tokens", "truncated")}
             formats = [not row["format_ok"] for row in answers if row["format_ok"] is not None]
-            cells[label] = {"low": low, "high": high, **metrics, **means, "format_failures": mean(formats),
-                            "settings": settings, "seconds": settings["seconds"], "judge": cfg.judge}
+            cells[label] = {"low": low, "high": high, "intervals": intervals, **metrics, **means,
+                            "format_failures": mean(formats), "settings": settings, "seconds": settings["seconds"],
+                            "judge": cfg.judge}
     write_atomic(Path(cfg.out) / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     write_atomic(Path(cfg.out) / "report.md", benchmarks_markdown(report))
     plot_benchmarks(report, Path(cfg.out) / "benchmarks.png")
@@ -1714,12 +1717,17 @@ def plot_benchmarks(report, path):
 # ---------------------------------------------------------------- the paper's tables
 
 
-def beside(own, published, marked=False):
-    """Our figure, the paper's, and the difference; † marks a published figure that the paper itself contradicts."""
-    if published is None:
-        return shown(own, ".2f")
-    difference = "" if own is None else f", {own - published:+.2f}"
-    return f"{shown(own, '.2f')} ({published:.2f}{'†' if marked else ''}{difference})"
+def limits_of(cell, metric):
+    """The interval of a metric in percent, None if the cell has none; shares are stored in 0..1, headlines in %."""
+    found = cell.get("intervals", {}).get(metric)
+    return found and [limit if metric == "headline" else percent_of(limit) for limit in found]
+
+
+def beside(own, published, limits=None, marked=False):
+    """Ours (paper's, difference) [our limits]; † marks a published figure that the paper itself contradicts."""
+    difference = "" if None in (own, published) else f", {own - published:+.2f}"
+    printed = "" if published is None else f" ({published:.2f}{'†' if marked else ''}{difference})"
+    return shown(own, ".2f") + printed + (f" [{shown(limits[0])}, {shown(limits[1])}]" if limits else "")
 
 
 def paper_table(cfg):
@@ -1749,17 +1757,18 @@ def paper_table(cfg):
     def line(model, label, printed):
         """One row of cells: our figure with its interval, and what the paper prints."""
         cells, text = own.get((model, label), {}), []
-        chosen = [cells.get(titles.get(column)) for column in columns[:-1]]
-        values = [cell and cell["headline"] for cell in chosen] + [average_cell(chosen)]
         if cfg.table == "5":
             cell = cells.get("ifbench", {})
             values = [percent_of(cell.get(column)) for column in columns[:-1]] + [cell.get("headline")]
-        for column, value, given, cell in zip(columns, values, printed or [None] * len(columns), [*chosen, None],
-                                              strict=True):
+            limits = [limits_of(cell, column) for column in columns[:-1]] + [limits_of(cell, "headline")]
+        else:
+            chosen = [cells.get(titles.get(column)) for column in columns[:-1]]
+            values = [cell and cell["headline"] for cell in chosen] + [average_cell(chosen)]
+            limits = [cell and limits_of(cell, "headline") for cell in chosen] + [None]
+        for column, value, given, pair in zip(columns, values, printed or [None] * len(columns), limits, strict=True):
             said = [note for *key, note in published["anomalies"] if key == [model, label, column] and cfg.table == "1"]
             notes.extend(f"† {model}, {label}, {column}: {note}.  " for note in said)
-            interval = f" [{shown(cell['low'])}, {shown(cell['high'])}]" if cell else ""
-            text.append(beside(value, given, bool(said)) + interval)
+            text.append(beside(value, given, pair, bool(said)))
         return text
 
     models = sorted({model for model, _ in own})
@@ -1767,7 +1776,7 @@ def paper_table(cfg):
         head = [models[0], *columns]
         for category, printed in rows.items():
             cells = [own.get((models[0], column), {}).get("complexbench", {}) for column in columns]
-            lines.append([category, *(beside(percent_of(cell.get(category)), given)
+            lines.append([category, *(beside(percent_of(cell.get(category)), given, limits_of(cell, category))
                                       for cell, given in zip(cells, printed, strict=True))])
     elif cfg.table == "ablation":  # a row is found by its label
         head = [models[0], *columns]

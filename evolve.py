@@ -1,9 +1,8 @@
 """Stage 1: plain requests become checked instructions with constraints, each with an expert answer that meets them all.
 
-    python evolve.py                        520 shipped English requests -> runs/evolve/{train,heldout}.jsonl, report.md
-    python evolve.py --language both        Chinese requests as well
+    python evolve.py                        520 shipped requests -> runs/evolve/{train,heldout}.jsonl, report (English,
+                                            eight kinds); runs/evolve/complete: Chinese too, 64 kinds, four compositions
     python evolve.py --limit 40 --out /tmp/e   a quick look; --dry-run 5 prints what each step makes of five requests
-    python evolve.py --kinds all --language both --compositions all     all 64 kinds; And, Chain, Selection, Nested
     python evolve.py --llm Qwen/Qwen2.5-72B-Instruct --llm-url http://localhost:8000/v1 --seeds allenai/WildChat \\
         --language both --kinds ifeval --compositions all --limit 10000 --benchmark-dir benchmarks
 
@@ -120,6 +119,7 @@ class Config:
     dry_run: int = 0  # take so many requests through all steps, print what each step made, write no training files
     seed: int = 0  # everything random follows from it
     out: str = "runs/evolve"  # folder of the results; drafts found there are used again
+    complete: bool = True  # from the shipped requests, also OUT/complete: every kind, composition and language
 
 
 # ---------------------------------------------------------------- step 1: seeds
@@ -1346,20 +1346,29 @@ def main(argv=None):
         raise InputError("--llm and --llm-url go together: the model's name and the address of its server")
     if not cfg.llm and (cfg.expert not in ("", "repair") or cfg.judge):
         raise InputError("--expert and --judge name served models; give --llm and --llm-url too")
-    cache = Path(cfg.out) / "calls"
-    if cfg.dry_run:
-        cfg = replace(cfg, limit=cfg.dry_run, out=str(Path(cfg.out) / "dry-run"))
     rank, _ = init_distributed()
+    root = Path(cfg.out)
+    if cfg.raif:
+        counts = Counter()
+        write_jsonl(open_run(root, cfg, resume=True) / "train.jsonl", raif_records(cfg.raif, counts))
+        print("\n".join(table(("rows", "number"), *sorted(counts.items()))))
+        return
+    if cfg.dry_run:
+        cfg = replace(cfg, limit=cfg.dry_run, out=str(root / "dry-run"))
+    evolve(cfg, root, rank)
+    everything = replace(cfg, kinds="all", compositions="all", language="both")
+    if cfg.complete and cfg != everything and not (cfg.llm or cfg.seeds or cfg.limit or cfg.dry_run):
+        evolve(replace(everything, out=str(root / "complete")), root, rank)
+
+
+def evolve(cfg: Config, root: Path, rank: int) -> None:
+    """All steps into one folder; drafts and finished calls are kept in (and taken from) `root`."""
     folder = open_run(cfg.out, cfg, resume=True)
     funnel, spent, hits = defaultdict(Counter), defaultdict(Counter), []
-    if cfg.raif:
-        write_jsonl(folder / "train.jsonl", raif_records(cfg.raif, funnel["raif"]))
-        print("\n".join(table(("rows", "number"), *sorted(funnel["raif"].items()))))
-        return
     if rank == 0:
         for stale in (folder / "steps").glob("*.jsonl"):
             stale.unlink()
-    ask = make_ask(cfg, folder, cache, spent) if cfg.llm else None
+    ask = make_ask(cfg, folder, root / "calls", spent) if cfg.llm else None
 
     known = read_benchmarks(cfg)
     seeds = drop_duplicates(read_seeds(cfg, funnel["requests"]), funnel)
@@ -1376,7 +1385,7 @@ def main(argv=None):
         plain = {seed["id"]: seed.get("draft") for seed in seeds}
         plain |= {seed["id"]: text for seed, text in zip(bare, texts, strict=True)}
     else:
-        plain = write_drafts(seeds, cfg, folder)
+        plain = write_drafts(seeds, cfg, root)
     if rank:
         return  # the rest takes seconds
     keep(folder, "requests", seeds)

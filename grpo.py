@@ -49,7 +49,7 @@ class Config:
     reward: Literal["raif", "fraction", "all", "rules_x_judge"] = "raif"  # accuracy part: see rewards.VARIANTS
     code_only: bool = False  # leave out judge constraints, and records that have no others
     # the scale: a laptop's values
-    steps: int = 36  # rollout batches
+    steps: int = 32  # rollout batches
     prompts: int = 4  # P, prompts a rollout batch, over all processes
     group: int = 6  # G, reasoning rollouts a prompt (math prompts get group + direct of them)
     direct: int = 2  # H, no-reasoning rollouts an instruction prompt
@@ -302,9 +302,10 @@ def prompts_of_step(pools, step: int, cfg: Config) -> list[dict]:
     math_share = {"mixed": cfg.math_ratio / (1 + cfg.math_ratio), "complex": 0.0, "math": 1.0}[cfg.data]
     math_before, math_after = (math.floor(s * cfg.prompts * math_share + 1e-9) for s in (step, step + 1))
     n_math = math_after - math_before
-    instructions = draw(pools["instruction"], "instruction", step * cfg.prompts - math_before,
-                        cfg.prompts - n_math, cfg.seed)
-    return instructions + draw(pools["math"], "math", math_before, n_math, cfg.seed)
+    records = draw(pools["instruction"], "instruction", step * cfg.prompts - math_before,
+                   cfg.prompts - n_math, cfg.seed) + draw(pools["math"], "math", math_before, n_math, cfg.seed)
+    # A record twice in a step (small pools only) would roll out the same twice: once is enough.
+    return list({record["id"]: record for record in records}.values())
 
 
 # ---------------------------------------------------------------- rollouts and rewards
@@ -433,10 +434,7 @@ def main():
     # What a resumed run goes on from, beside weights and optimizer; all else follows from (seed, step).
     done = {"step": 0, "direct_seen": 0, "skipped": 0, "flat_steps": 0, "rewards": [], "best": -math.inf}
     if cfg.resume:
-        state = m.load_checkpoint(run)
-        m.load_training_state(policy, optimizer, state)
-        done = {name: state[name] for name in done}
-        m.rewind_metrics(run, done["step"])
+        done = m.load_checkpoint(run, policy, optimizer)
     began, first_step = time.time(), done["step"]
     bar = tqdm(total=cfg.steps, initial=first_step, unit="step", disable=rank != 0)
     while done["step"] < cfg.steps:
@@ -465,6 +463,8 @@ def main():
         policy.train()
         totals = Counter()
         for update, part in enumerate(parts):
+            if not part and not cfg.bc_coef:
+                continue  # every prompt skipped: no gradient, on any rank
             number = step * cfg.updates + update
             factor = m.warmup_cosine(number, cfg.lr_horizon or 2 * cfg.steps * cfg.updates, cfg.warmup, 0.1)
             for group in optimizer.param_groups:
@@ -527,14 +527,14 @@ def main():
         bar.update()
         m.keep_freed_memory(trim=True)
         stopping = stop()
-        if step % cfg.save_every == 0 or step == cfg.steps or stopping:
+        regular = step % cfg.save_every == 0 or step == cfg.steps
+        if regular:
             mean_reward = sum(done["rewards"]) / len(done["rewards"])
             if mean_reward > done["best"]:
                 m.write_model(policy, tokenizer, run / "best")
             done.update(best=max(done["best"], mean_reward), rewards=[])
-            state = {**m.training_state(policy, optimizer), **done}
-            if rank == 0:
-                m.save_checkpoint(run, state, keep=cfg.keep)
+        if regular or stopping:
+            m.save_checkpoint(run, policy, optimizer, done, keep=cfg.keep)
         if stopping and step < cfg.steps:
             raise KeyboardInterrupt
     bar.close()

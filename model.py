@@ -41,7 +41,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from rewards import EndpointJudge, InputError, LocalJudge
+from rewards import EndpointJudge, InputError, LocalJudge, parse_response
 
 data_dir = Path(__file__).parent / "data"
 DEFAULT_MODEL = "smollm2-135m"
@@ -199,11 +199,12 @@ def optimizer_step(model, optimizer, number: int, rows: list[dict], run: Path) -
             dist.all_reduce(parameter.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()  # the same on every rank
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    dumps = [run / "nonfinite" / f"update-{number - k:06d}-rank-{rank}.jsonl" for k in range(3)]
     if np.isfinite(norm):
         optimizer.step()
+        dumps[0].unlink(missing_ok=True)  # of a run that was resumed with other settings
     else:
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        dumps = [run / "nonfinite" / f"update-{number - k:06d}-rank-{rank}.jsonl" for k in range(3)]
         write_jsonl(dumps[0], rows)
         print(f"update {number}: gradient norm {norm}; skipped, its batch is in {dumps[0]}", file=sys.stderr)
         if all(dump.exists() for dump in dumps):
@@ -445,7 +446,8 @@ def token_logprobs(model, input_ids_BT, attention_mask_BT, response_start_B, *, 
     inputs = {
         "input_ids": torch.where(mask_BT, input_ids_BT, 0),
         "attention_mask": None if right_padded else attention_mask_BT,
-        "position_ids": (mask_BT.long().cumsum(1) - 1).clamp(min=0),
+        # Counted on over right padding: a position that repeats would look like packed sequences to transformers.
+        "position_ids": columns_T.expand(B, T) if right_padded else (mask_BT.long().cumsum(1) - 1).clamp(min=0),
     }
     # N response tokens of the whole batch, row by row; token t is predicted by the hidden state at t - 1.
     is_response_BT = (columns_T >= response_start_B[:, None]) & (columns_T < end_B[:, None])
@@ -565,6 +567,9 @@ def encode_expert(tokenizer, record: dict, family: str = "cold") -> Sequence:
     """
     prompt = render_prompt(tokenizer, record["messages"], "cot", family, record.get("language", "en"))
     answer = record["expert"]
+    if family == "warm":  # records carry the cold family's tags; here what follows the thought is the answer
+        parsed = parse_response(answer)
+        answer = f"<think>\n{parsed.think}\n</think>\n\n{parsed.answer}"
     answer = answer[len(prompt.prefill) :] if answer.startswith(prompt.prefill) else answer.removeprefix("<think>")
     answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
     return Sequence([*prompt.ids, *answer_ids, tokenizer.eos_token_id], len(prompt.ids))
@@ -652,7 +657,9 @@ class Engine:
         dtype = dtype or next(model.parameters()).dtype
         # A second copy in the rollout precision, unless the trainer's own weights already are in it.
         self.shares_weights = dtype == next(model.parameters()).dtype and not own_copy
-        self.model = model if self.shares_weights else copy.deepcopy(model).to(dtype).requires_grad_(False).eval()
+        self.model = model if self.shares_weights else copy.deepcopy(model).requires_grad_(False).eval()
+        for parameter in self.model.parameters():  # not .to(): it would round the rotary frequencies, a buffer, as well
+            parameter.data = parameter.data.to(dtype)
         self.eos_ids = eos_ids(model, tokenizer)
 
     @torch.no_grad()
@@ -876,6 +883,7 @@ class VllmEngine:
         torch.set_rng_state(rng)
 
     def wake(self) -> None:
+        torch.cuda.empty_cache()  # the engine takes memory from the driver: what torch only keeps would be missing
         self.llm.wake_up(tags=["weights"])
         self.asleep = False
 
@@ -1117,7 +1125,7 @@ def write_atomic(path: str | Path, text: str | bytes) -> None:
     """Write beside the target, then rename: a reader sees the old file or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")  # two may write the same file
     with open(scratch, "wb") as file:
         file.write(text.encode("utf-8") if isinstance(text, str) else text)
         file.flush()
@@ -1162,28 +1170,36 @@ def load_training_state(model, optimizer, state: dict) -> None:
     dcp.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
 
 
-def save_checkpoint(folder: Path, state: dict, *, keep: int = 1) -> None:
-    """Everything needed to go on as checkpoint/step-N.pt, complete or not there at all; the last `keep` stay."""
-    folder = folder / "checkpoint"
-    folder.mkdir(exist_ok=True)
-    with open(folder / "state.tmp", "wb") as file:  # given a path, torch does not say that the disk is full
-        torch.save(state, file)
-    os.replace(folder / "state.tmp", folder / f"step-{state['step']:06d}.pt")
-    for old in sorted(folder.glob("step-*.pt"))[:-keep]:
-        old.unlink()
+def save_checkpoint(run: Path, model, optimizer, done: dict, *, keep: int = 1) -> None:
+    """Everything to go on from as checkpoint/step-N.pt, complete or not there; the last `keep` stay. All ranks call.
+
+    `done`: what the stage goes on from beside weights and optimizer, its "step" among it. No rank leaves before the
+    file is there: torchrun stops all as soon as one has gone.
+    """
+    state, folder = {**training_state(model, optimizer), **done}, run / "checkpoint"
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        folder.mkdir(exist_ok=True)
+        with open(folder / "state.tmp", "wb") as file:  # given a path, torch does not say that the disk is full
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(folder / "state.tmp", folder / f"step-{done['step']:06d}.pt")
+        for old in sorted(folder.glob("step-*.pt"))[:-keep]:
+            old.unlink()
+    sum_over_ranks(0.0)
 
 
-def load_checkpoint(folder: Path) -> dict:
-    saved = sorted((folder / "checkpoint").glob("step-*.pt"))
+def load_checkpoint(run: Path, model, optimizer) -> dict:
+    """Set model and optimizer to the last checkpoint; forget log lines after it. Returns the rest of its state."""
+    saved = sorted((run / "checkpoint").glob("step-*.pt"))
     if not saved:
-        raise InputError(f"{folder / 'checkpoint'}: no checkpoint to resume from; start without --resume")
-    return torch.load(saved[-1], map_location="cpu", weights_only=True)
-
-
-def rewind_metrics(folder: Path, step: int) -> None:
-    """Forget log lines of steps after the checkpoint: they are about to be made again."""
-    rows = [row for row in read_jsonl(folder / "metrics.jsonl") if row.get("step", 0) <= step]
-    write_jsonl(folder / "metrics.jsonl", rows)
+        raise InputError(f"{run / 'checkpoint'}: no checkpoint to resume from; start without --resume")
+    state = torch.load(saved[-1], map_location="cpu", weights_only=True, mmap=True)
+    load_training_state(model, optimizer, state)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        rows = [row for row in read_jsonl(run / "metrics.jsonl") if row.get("step", 0) <= state["step"]]
+        write_jsonl(run / "metrics.jsonl", rows)
+    return {name: value for name, value in state.items() if name not in ("model", "optimizer")}
 
 
 def stop_signals():

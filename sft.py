@@ -118,10 +118,8 @@ def main():
     total_updates = cfg.epochs * updates_per_epoch
     step, best = 0, float("inf")
     if cfg.resume:
-        state = m.load_checkpoint(run)
-        m.load_training_state(policy, optimizer, state)
-        step, best = state["step"], state["best"]
-        m.rewind_metrics(run, step)
+        done = m.load_checkpoint(run, policy, optimizer)
+        step, best = done["step"], done["best"]
 
     policy.train()
     began = time.time()
@@ -162,10 +160,8 @@ def main():
             m.keep_freed_memory(trim=True)
         stopping = stop()
         if step % cfg.save_every == 0 or position + 1 == updates_per_epoch or stopping:
-            state = {**m.training_state(policy, optimizer), "step": step, "best": best}
-            if rank == 0:
-                m.save_checkpoint(run, state, keep=cfg.keep)
-        if stopping:
+            m.save_checkpoint(run, policy, optimizer, {"step": step, "best": best}, keep=cfg.keep)
+        if stopping and step < total_updates:
             raise KeyboardInterrupt
     bar.close()
     if rank == 0:

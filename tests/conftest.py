@@ -10,6 +10,9 @@ import json
 import random
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -120,6 +123,11 @@ def tiny(tmp_path_factory):
     return folder
 
 
+def last_step(run):
+    """The step of the last checkpoint of a run."""
+    return max(int(path.stem.removeprefix("step-")) for path in (run / "checkpoint").glob("step-*.pt"))
+
+
 def run_stage(*args, cwd=ROOT, check=True, processes=1, **environment):
     """Run a stage as a user does (torchrun for several processes); returns the finished process."""
     command = [sys.executable]
@@ -132,3 +140,26 @@ def run_stage(*args, cwd=ROOT, check=True, processes=1, **environment):
     if check:
         assert result.returncode == 0, result.stderr[-3000:]
     return result
+
+
+class JsonHandler(BaseHTTPRequestHandler):
+    """A loopback server's handler; tests add do_POST."""
+
+    def send(self, status, payload):
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *args):
+        pass
+
+
+@contextmanager
+def serving(handler):
+    """The address of a running server, as an OpenAI client wants it."""
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}/v1"
+    httpd.shutdown()

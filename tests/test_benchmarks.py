@@ -559,7 +559,8 @@ def test_prepare_checks_and_names_the_licence(tmp_path, capsys):
 
 
 def test_tables_of_the_paper(tmp_path, capsys):
-    cell = {"headline": 50.0, "low": 45.0, "high": 55.0, "And_1": 0.9, "drfr": 0.5, "prompt_strict": 0.2,
+    limits = {"headline": [45.0, 55.0], "And_1": [0.8, 0.95], "prompt_strict": [0.1, 0.3]}
+    cell = {"headline": 50.0, "intervals": limits, "And_1": 0.9, "drfr": 0.5, "prompt_strict": 0.2,
             "instruction_strict": 0.3, "prompt_loose": 0.25, "instruction_loose": 0.35,
             "settings": {"model": "runs/grpo/model"}}
     for label in ("I/O", "Ours"):
@@ -575,9 +576,10 @@ def test_tables_of_the_paper(tmp_path, capsys):
     assert "| Qwen2.5-7B-Instruct | I/O | 50.00 (72.82, -22.82) [45.0, 55.0] |" in said["1"]
     assert "50.00 (79.20†, -29.20)" in said["1"] and "the appendix has 76.75" in said["1"]
     assert said["1"].count("\n| ") == 2 + 29 and "| LLaMA3.1-8B-Instruct | Ours | – (13.49) |" in said["1"]
-    assert "| And_1 | 90.00 (85.85, +4.15) | – (84.27) |" in said["2"] and "| drfr | 50.00 (74.47" in said["2"]
+    assert "| And_1 | 90.00 (85.85, +4.15) [80.0, 95.0] | – (84.27) |" in said["2"]
+    assert "| drfr | 50.00 (74.47" in said["2"]
     assert "| math 1, complex 1, SupCoT, BC | – (70.06) |" in said["ablation"]
     assert "| Ours | 50.00 [" in said["ablation"]
-    assert "| Qwen2.5-7B-Instruct | Ours | 20.00 (29.82, -9.82) | 30.00 (30.76" in said["5"]
+    assert "| Qwen2.5-7B-Instruct | Ours | 20.00 (29.82, -9.82) [10.0, 30.0] | 30.00 (30.76" in said["5"]
     with pytest.raises(InputError, match="--table 9"):
         evaluate.main(["--table", "9", "--runs", str(tmp_path / "Ours")])

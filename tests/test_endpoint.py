@@ -8,16 +8,16 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import JsonHandler, serving
 
 import model as m
 from rewards import EndpointJudge, InputError
 
 
-class Faulty(BaseHTTPRequestHandler):
+class Faulty(JsonHandler):
     """Answers with the last word of the last message; a share of the requests meets a fault first."""
 
     share, requests, rng, lock = 0.3, 0, random.Random(0), threading.Lock()
@@ -44,24 +44,12 @@ class Faulty(BaseHTTPRequestHandler):
         self.send(200, json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "toy",
                                    "choices": [choice] * body.get("n", 1)}).encode())
 
-    def send(self, status, payload):
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, *args):
-        pass
-
 
 @pytest.fixture
 def server():
     Faulty.requests, Faulty.share = 0, 0.3
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_port}/v1"
-    httpd.shutdown()
+    with serving(Faulty) as address:
+        yield address
 
 
 def talk(word):

@@ -10,11 +10,10 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, JsonHandler, serving
 
 import evolve
 from rewards import InputError, parse_response, read_records, score, validate_record
@@ -81,7 +80,7 @@ def answer_of(instruction, folder):
     return f"<think>I go through the points.</think>\n<answer>{text}</answer>", ""
 
 
-class Scripted(BaseHTTPRequestHandler):
+class Scripted(JsonHandler):
     share, served, asked, folder, victim, lock = 0.0, Counter(), 0, None, None, threading.Lock()
     protocol_version = "HTTP/1.1"
 
@@ -111,25 +110,12 @@ class Scripted(BaseHTTPRequestHandler):
         return self.send(200, json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "toy",
                                           "choices": [choice], "usage": usage}).encode())
 
-    def send(self, status, payload):
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, *args):
-        pass
-
 
 @pytest.fixture
 def server():
     Scripted.share, Scripted.served, Scripted.asked, Scripted.victim = 0.0, Counter(), 0, None
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
-    httpd.daemon_threads = True
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_port}/v1"
-    httpd.shutdown()
+    with serving(Scripted) as address:
+        yield address
 
 
 def flags(server, folder, limit=16):

@@ -11,7 +11,16 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, build_model, build_tokenizer, make_records, math_records, run_stage, write_records
+from conftest import (
+    ROOT,
+    build_model,
+    build_tokenizer,
+    last_step,
+    make_records,
+    math_records,
+    run_stage,
+    write_records,
+)
 
 import grpo
 import model as m
@@ -236,24 +245,31 @@ def test_a_rule_that_could_never_fire_is_refused(tiny, tmp_path):
 
 
 def test_prompts_of_a_step_are_a_function_of_seed_and_step():
-    pools = {"instruction": make_records(10), "math": math_records(3)}
+    pools = {"instruction": make_records(12), "math": math_records(3)}
     cfg = grpo.Config(prompts=4, math_ratio=1 / 3)
     steps = [grpo.prompts_of_step(pools, step, cfg) for step in range(30)]
     assert all(len(records) == 4 for records in steps)
     n_math = sum(record["task"] == "math" for records in steps for record in records)
     assert n_math == 30  # a quarter of 120
     order = [r["id"] for records in steps for r in records if r["task"] == "instruction"]
-    for turn in range(9):  # each pass sees every record once
-        assert len(set(order[10 * turn : 10 * turn + 10])) == 10
-    assert order[:10] != order[10:20]
+    for turn in range(7):  # each pass sees every record once
+        assert len(set(order[12 * turn : 12 * turn + 12])) == 12
+    assert order[:12] != order[12:24]
     assert steps[7] == grpo.prompts_of_step(pools, 7, cfg)
 
 
 def test_data_may_be_one_kind_alone():
-    pools = {"instruction": make_records(10), "math": math_records(3)}
+    pools = {"instruction": make_records(8), "math": math_records(4)}
     for data, task in (("complex", "instruction"), ("math", "math")):
         chosen = [r for step in range(3) for r in grpo.prompts_of_step(pools, step, grpo.Config(data=data))]
         assert len(chosen) == 12 and {r["task"] for r in chosen} == {task}
+
+
+def test_a_record_comes_once_a_step():
+    """Its seeds would be the same, and so its rollouts: two groups in one, counted once and trained on twice."""
+    pools = {"instruction": make_records(3), "math": []}
+    chosen = grpo.prompts_of_step(pools, 0, grpo.Config(data="complex"))
+    assert sorted(record["id"] for record in chosen) == ["toy-0000", "toy-0001", "toy-0002"]
 
 
 def test_judged_records_need_a_judge(tiny, tmp_path):
@@ -463,7 +479,7 @@ def test_sigterm_saves_before_it_stops(tiny, toy_data, tmp_path):
     process.terminate()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume continues" in errors
-    assert m.load_checkpoint(tmp_path / "run")["step"] == len(m.read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+    assert last_step(tmp_path / "run") == len(m.read_jsonl(tmp_path / "run" / "metrics.jsonl"))
 
 
 # ---------------------------------------------------------------- it learns

@@ -302,7 +302,7 @@ def test_an_earlier_run_is_moved_not_overwritten(tmp_path):
     m.open_run(tmp_path / "run", Settings(), resume=True)
     assert (first / "metrics.jsonl").exists()
     with pytest.raises(InputError, match="no checkpoint to resume from"):
-        m.load_checkpoint(first)
+        m.load_checkpoint(first, None, None)
 
 
 def test_a_cut_log_line_is_left_out(tmp_path):
@@ -311,10 +311,6 @@ def test_a_cut_log_line_is_left_out(tmp_path):
     m.append_jsonl(path, {"step": 2})
     path.write_text(path.read_text() + '{"step": 3, "te')
     assert [row["step"] for row in m.read_jsonl(path)] == [1, 2]
-    m.rewind_metrics(tmp_path, 0)
-    m.write_jsonl(tmp_path / "metrics.jsonl", m.read_jsonl(path))
-    m.rewind_metrics(tmp_path, 1)
-    assert m.read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1}]
 
 
 def test_warmup_then_cosine():
@@ -354,11 +350,39 @@ def test_a_full_disk_is_one_line(capsys):
     assert stop.value.code == 2 and "no space left" in capsys.readouterr().err
 
 
-def test_the_last_checkpoints_stay(tmp_path):
+def test_the_last_checkpoints_stay_and_the_log_goes_back_to_them(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
     for step in range(1, 5):
-        m.save_checkpoint(tmp_path, {"step": step}, keep=2)
+        model(torch.ones(2)).sum().backward()
+        optimizer.step()
+        m.save_checkpoint(tmp_path, model, optimizer, {"step": step, "best": 0.5}, keep=2)
+        m.append_jsonl(tmp_path / "metrics.jsonl", {"step": step})
+    m.append_jsonl(tmp_path / "metrics.jsonl", {"step": 5})
     assert sorted(f.name for f in (tmp_path / "checkpoint").iterdir()) == ["step-000003.pt", "step-000004.pt"]
-    assert m.load_checkpoint(tmp_path)["step"] == 4
+    other = torch.nn.Linear(2, 2)
+    assert m.load_checkpoint(tmp_path, other, torch.optim.AdamW(other.parameters())) == {"step": 4, "best": 0.5}
+    assert torch.equal(other.weight, model.weight)
+    assert [row["step"] for row in m.read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_experts_of_the_warm_family_carry_no_answer_tags(loaded):
+    _, tokenizer = loaded
+    record = {"messages": [{"role": "user", "content": "Name red."}],
+              "expert": "<think>\na\n</think>\n<answer>\nred\n</answer>"}
+    texts = {}
+    for family in ("cold", "warm"):
+        row = m.encode_expert(tokenizer, record, family)
+        texts[family] = tokenizer.decode(row.ids[row.start : -1])
+    assert texts["cold"].endswith("<answer>\nred\n</answer>") and texts["warm"].endswith("</think>\n\nred")
+
+
+def test_a_copy_in_bf16_keeps_the_rotary_frequencies(loaded):
+    model, tokenizer = loaded
+    own = m.Engine(model, tokenizer, dtype=torch.bfloat16).model
+    assert next(own.parameters()).dtype == torch.bfloat16 and next(model.parameters()).dtype == torch.float32
+    for (name, buffer), (_, copied) in zip(model.named_buffers(), own.named_buffers(), strict=True):
+        assert torch.equal(buffer, copied), name
 
 
 def test_the_plan_follows_shapes_and_flags(loaded):

@@ -2,7 +2,7 @@
 
 import json
 
-from conftest import run_stage, write_records
+from conftest import last_step, run_stage, write_records
 
 import model as m
 from rewards import read_records
@@ -29,7 +29,7 @@ def check_run(folder):
     steps = [row["step"] for row in m.read_jsonl(folder / "metrics.jsonl")]
     assert steps == list(range(1, len(steps) + 1))
     m.load_model(str(folder / "model"))
-    assert m.load_checkpoint(folder)["step"] == len(steps)
+    assert last_step(folder) == len(steps)
 
 
 def test_all_stages_on_a_tiny_model(tiny, tmp_path):
