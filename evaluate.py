@@ -27,12 +27,13 @@ import re
 import string
 import sys
 import time
-import typing
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -53,6 +54,8 @@ from model import (
     open_run,
     pad_right,
     parse_flags,
+    prompt_text,
+    pyplot,
     read_jsonl,
     record_seed,
     render_prompt,
@@ -73,15 +76,15 @@ SPLITS = ["all", "in-distribution", "ood"]
 @dataclass
 class Config:
     model: str = ""  # evaluate one row: smollm2-135m, a local folder or a hub name (default: the four rows)
-    method: str = ""  # how the one row is produced: io, cot, direct, sdc, sc, sr or od (default: cot)
+    method: Literal["", "io", "cot", "direct", "sdc", "sc", "sr", "od"] = ""  # how it is produced (default: cot)
     label: str = ""  # name of the one row in the tables (default: the name of its method)
     benchmarks: str = ""  # ifeval,cello,... or a record file (default: runs/evolve/ or data/ heldout.jsonl)
     out: str = ""  # folder of the report, where earlier rows stay (default: runs/evaluate, or runs/benchmarks)
     base_model: str = "smollm2-135m"  # model of the rows I/O and CoT, and the judge of perplexity
     sft_model: str = "runs/sft/model"  # model of the row SFT
     ours_model: str = "runs/grpo/model"  # model of the row Ours
-    family: str = "cold"  # answer format: cold (think and answer tags) or warm (think tags only)
-    max_new_tokens: int = 160  # token limit of every generated turn, the same for all rows of a report
+    family: Literal["cold", "warm"] = "cold"  # answer format: cold (think and answer tags) or warm (think tags only)
+    max_new_tokens: int = 0  # token limit of every turn, one for all rows of a report (default: 160; benchmarks 4096)
     model_url: str = ""  # OpenAI-compatible server that answers as --model, e.g. http://localhost:8000/v1
     thought_model: str = ""  # sdc: take the thoughts from this model, the answers from --model
     samples: int = 10  # sc: answers per prompt, at temperature 1
@@ -94,17 +97,17 @@ class Config:
     limit: int = 0  # evaluate only this many records, spread evenly over the file (0 = all)
     chunk: int = 64  # prompts generated between two writes of the row file; a killed run loses at most these
     resume: bool = True  # reuse the answers a row already has; --no-resume generates them anew
-    engine: str = "hf"  # rollout engine: hf or vllm
-    precision: str = "auto"  # auto, bf16 or fp32
+    engine: Literal["hf", "vllm"] = "hf"  # rollout engine
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic of generation
     perplexity_items: int = 64  # answers per row whose perplexity under the base model is measured (0 = none)
     score: str = ""  # score recorded answers, without a model: ifeval, cello, cfbench, complexbench, fb-bench, ...
     benchmark_dir: str = "benchmarks"  # folder that holds ifeval/, cello/ and so on, the authors' own files
     prepare: bool = False  # download the files of --benchmarks (default: all) into --benchmark-dir, and check them
-    table: str = ""  # print a table of the paper beside ours from --runs: 1, 2, ablation or 5
+    table: Literal["", "1", "2", "ablation", "5"] = ""  # print a table of the paper, ours from --runs beside
     runs: str = ""  # run folders of --table, separated by commas (default: --out)
     responses: str = ""  # with --score: JSONL of {"id": ..., "response": text or null}
     judgements: str = ""  # with --score: JSONL of {"id": ..., "question": number or null, "reply": a judge's raw text}
-    protocol: str = "official"  # official, raif (official with the headline of RAIF's Table 1) or corrected
+    protocol: Literal["official", "raif", "corrected"] = "official"  # the authors' own; RAIF's headlines; slips mended
     resamples: int = 10000  # bootstrap resamples
     seed: int = 0  # seed of the bootstrap
 
@@ -122,8 +125,11 @@ def answer_text(text, family="cold"):
     return rewards.parse_response(text, family).answer
 
 
-def score_item(record, text, family="cold"):
-    """{"kinds", "strict", "loose"} of one assistant turn: an entry per active constraint (math: one for the result)."""
+def score_item(record, text, family="cold", judged=()):
+    """{"kinds", "strict", "loose"} of one assistant turn: an entry per active constraint (math: one for the result).
+
+    judged: the verdicts of a judge on the active judge constraints, in their order.
+    """
     if record["task"] == "math":
         correct = rewards.math_reward(text, record["answer"]) == 2.0
         return {"kinds": ["math"], "strict": [correct], "loose": [correct]}
@@ -131,13 +137,14 @@ def score_item(record, text, family="cold"):
     constraints = record["constraints"]
 
     def verdicts(check):
-        held = []  # as in rewards.score: false if anything it depends on is; an inactive constraint is not checked
+        held, said = [], iter(judged)  # as in rewards.score: false if what it depends on is; inactive ones unchecked
         for c in constraints:
-            passed = not c["active"] or check(c["id"], c["kwargs"], answer, prompt=prompt)
+            passed = not c["active"] or (next(said) if c["kind"] == "judge" else
+                                         check(c["id"], c["kwargs"], answer, prompt=prompt))
             held.append(passed and all(held[k] for k in c["depends_on"]))
         return [holds for holds, c in zip(held, constraints, strict=True) if c["active"]]
 
-    kinds = [c["id"] for c in constraints if c["active"]]
+    kinds = [c.get("id", "judge") for c in constraints if c["active"]]
     return {"kinds": kinds, "strict": verdicts(rewards.check), "loose": verdicts(rewards.check_loose)}
 
 
@@ -830,7 +837,8 @@ def complexbench_verdict(item, answer, replies, protocol):
             met, readable = read_yes(reply) if reply is not None else (False, True)
             unparsable += not readable
         else:
-            met = complexbench_rule(question["rule"], span_list(reply, answer))
+            missing = protocol == "corrected" and None in (reply, answer)  # the authors' "forbidden" rules then hold
+            met = not missing and complexbench_rule(question["rule"], span_list(reply, answer))
         raw.append(met)
     # One step only: the raw verdicts of `dep` count, not the adjusted ones.
     met = [False if any(raw[d] is False for d in question["dep"]) else value
@@ -1129,11 +1137,6 @@ def infobench_metrics(rows, protocol):
 # What a judge is asked, in our own words (data/prompts/bench_*.txt), by the authors' protocol.
 
 
-def prompt_text(name, **parts):
-    template = (data_dir / "prompts" / f"{name}.txt").read_text(encoding="utf-8").strip()
-    return re.sub(r"\{(\w+)\}", lambda slot: str(parts[slot[1]]), template)
-
-
 def from_user(text):
     return [{"role": "user", "content": text}]
 
@@ -1182,13 +1185,13 @@ def ask_infobench(item, answer, k, replies):
     return messages
 
 
-class Benchmark(typing.NamedTuple):
+class Benchmark(NamedTuple):
     title: str  # as in Table 1
-    load: typing.Callable  # (benchmark folder) -> items
-    verdict: typing.Callable  # (item, answer, replies, protocol) -> dict
-    aggregate: typing.Callable  # ([(item, verdict), ...], protocol) -> metrics
-    ask: typing.Callable | None = None  # (item, answer, question, earlier replies) -> the judge's conversation
-    readable: typing.Callable | None = None  # (item, question, reply) -> can the reply be read? If not: asked again
+    load: Callable  # (benchmark folder) -> items
+    verdict: Callable  # (item, answer, replies, protocol) -> dict
+    aggregate: Callable  # ([(item, verdict), ...], protocol) -> metrics
+    ask: Callable | None = None  # (item, answer, question, earlier replies) -> the judge's conversation
+    readable: Callable | None = None  # (item, question, reply) -> can the reply be read? If not: asked again
 
 
 BENCHMARKS = {
@@ -1208,7 +1211,6 @@ BENCHMARKS = {
                            lambda item, k, reply: read_infobench(reply) is not None),
     "ifbench": Benchmark("IFBench", load_ifbench, ifbench_verdict, ifbench_metrics),  # out of distribution: Table 5
 }
-PROTOCOLS = ("official", "raif", "corrected")  # the authors' own; with RAIF's headline; with their slips corrected
 
 
 def score_answers(name, rows, protocol):
@@ -1229,13 +1231,14 @@ def read_responses(name, path, items):
         if key not in known:
             raise InputError(f"{path}:{number}: field 'id': {key!r} is not in {name}; its ids look like "
                              f"{items[0]['id']!r}")
-        if "response" not in row or not isinstance(row["response"], str | None):
-            raise InputError(f"{path}:{number}: field 'response': missing or not a text; give the answer, or null for "
+        field = "answer" if "answer" in row and "response" not in row else "response"  # rows of a run have answers
+        if field not in row or not isinstance(row[field], str | None):
+            raise InputError(f"{path}:{number}: field {field!r}: missing or not a text; give the answer, or null for "
                              "not answered")
         if key in seen and name != "cello":  # whose published files repeat one id; there rows count
             raise InputError(f"{path}:{number}: field 'id': {key!r} is already in line {seen[key]}; keep one of them")
         seen[key] = number
-        rows.append((known[key], row["response"]))
+        rows.append((known[key], row[field]))
     return rows
 
 
@@ -1264,8 +1267,6 @@ def score_files(cfg):
     """--score: metrics of recorded answers, without a model."""
     if cfg.score not in BENCHMARKS:
         raise InputError(f"--score {cfg.score}: unknown; give one of {', '.join(BENCHMARKS)}")
-    if cfg.protocol not in PROTOCOLS:
-        raise InputError(f"--protocol {cfg.protocol}: unknown; give one of {', '.join(PROTOCOLS)}")
     if not cfg.responses:
         raise InputError("--score: give --responses, a file of {\"id\": ..., \"response\": ...} rows")
     items = BENCHMARKS[cfg.score].load(Path(cfg.benchmark_dir))
@@ -1276,8 +1277,7 @@ def score_files(cfg):
                          "{\"id\": ..., \"question\": ..., \"reply\": ...} rows")
     if unused := len(replies.keys() - {item["id"] for item, _ in responses}):
         print(f"{cfg.judgements}: {unused} ids are not among the responses; not used", file=sys.stderr)
-    # parse_response alone: of a thought that never ends nothing is left. (Rows that are generated here go through
-    # answer_text; to score them again exactly, give their `answer` as the response.)
+    # parse_response alone: of a thought that never ends nothing is left. (Rows of a run hold answers already.)
     rows = [(item, None if response is None else rewards.parse_response(response, cfg.family).answer,
              replies.get(item["id"], {})) for item, response in responses]
     metrics, _ = score_answers(cfg.score, rows, cfg.protocol)
@@ -1287,15 +1287,20 @@ def score_files(cfg):
 # ---------------------------------------------------------------- producing a row
 
 
-def read_benchmark(path, limit=0):
-    """Records of a file that can be scored without a judge; (records, SHA-256 of the file)."""
-    records = rewards.read_records(path)
+def questions_of(record):
+    """The questions of the active judge constraints."""
+    return [c["question"] for c in record.get("constraints", []) if c["active"] and c["kind"] == "judge"]
+
+
+def read_benchmark(path, limit=0, judge=""):
+    """(records of a file, a key of what their scores depend on: the file's SHA-256 and, if one is asked, the judge)."""
+    records, key = rewards.read_records(path), hashlib.sha256(Path(path).read_bytes()).hexdigest()
     for number, record in enumerate(records, 1):
-        for k, constraint in enumerate(record.get("constraints", [])):
-            if constraint["active"] and constraint["kind"] == "judge":
-                raise InputError(f"{path}:{number}: field 'constraints[{k}]': judged, but there is no judge; "
-                                 "remove it or set active to false: only code constraints can be scored")
-    return spread(records, limit or len(records)), hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        if questions_of(record) and not judge:
+            raise InputError(f"{path}:{number}: field 'constraints': judged; give --judge MODEL, with --judge-url if "
+                             "it is served, or set active to false")
+    key += f", judged by {judge}" * any(map(questions_of, records))
+    return spread(records, limit or len(records)), key
 
 
 def model_stamp(name):
@@ -1313,9 +1318,11 @@ def row_files(run, label):
 def open_row(cfg, label, model, method, benchmark):
     """(settings, finished items) of a row: those on disk if the settings are the same, else a new and empty row."""
     settings = {"label": label, "model": model, "method": method, "stamp": model_stamp(model), "benchmark": benchmark}
-    keys = ["family", "max_new_tokens", "limit", "engine", "precision", "model_url", "thought_model"]
+    keys = ["family", "max_new_tokens", "engine", "precision", "model_url", "thought_model"]
     keys += {"sc": ["samples", "seed"], "sr": ["refine_turns"]}.get(method, [])
     settings |= {key: getattr(cfg, key) for key in keys}
+    if cfg.thought_model:
+        settings["thought_stamp"] = model_stamp(cfg.thought_model)
     items_file, settings_file = row_files(cfg.out, label)
     items = read_jsonl(items_file)
     if items:
@@ -1337,21 +1344,21 @@ def open_row(cfg, label, model, method, benchmark):
 
 
 def generate_turns(engine, tokenizer, conversations, languages, mode, cfg, **sampling):
-    """n assistant turns for each conversation, prefill included: lists of (text, truncated?); greedy by default."""
+    """n assistant turns for each conversation, prefill included: lists of (text, how it ended); greedy by default."""
     sampling = {"n": 1, "max_tokens": cfg.max_new_tokens, "temperature": 0.0} | sampling
     if isinstance(engine, Endpoint):  # a chat server opens no turn for us: the trigger alone asks for the thought
         if mode != "io" and cfg.family == "cold":
             triggers = [prompt_text(f"cot.{language}") for language in languages]
             conversations = [[{"role": "system", "content": trigger}, *messages]
                              for trigger, messages in zip(triggers, conversations, strict=True)]
-        seed = sampling.pop("seeds", [0])[0]
-        return [[(c.text, c.finish_reason == "length") for c in group]
-                for group in engine.chat(conversations, seed=seed, **sampling)]
+        sampling.pop("seeds", None)  # a server has one seed for all
+        return [[(c.text, c.finish_reason) for c in group]
+                for group in engine.chat(conversations, seed=cfg.seed, **sampling)]
     prompts = [render_prompt(tokenizer, messages, mode, family=cfg.family, language=language)
                for messages, language in zip(conversations, languages, strict=True)]
     seeds = sampling.pop("seeds", [0] * len(prompts))  # greedy decoding draws nothing
     completions = engine.generate([prompt.ids for prompt in prompts], seeds=seeds, **sampling)
-    return [[(prompt.prefill + c.text, c.finish_reason == "length") for c in group]
+    return [[(prompt.prefill + c.text, c.finish_reason) for c in group]
             for prompt, group in zip(prompts, completions, strict=True)]
 
 
@@ -1380,7 +1387,7 @@ def most_agreed(texts):
         (own & other).total() / (own.total() + other.total()) for own in [grams[i]] for other in grams))
 
 
-def answer_chunk(engine, tokenizer, records, method, cfg):
+def answer_chunk(engine, tokenizer, records, method, cfg, judge=None):
     """Items (the lines of a row file) for a few records."""
     def turns(conversations, mode, which, **sampling):  # of the records `which`; what is written is kept for its length
         languages = ["zh" if records[k].get("language") == "zh" else "en" for k in which]
@@ -1395,11 +1402,11 @@ def answer_chunk(engine, tokenizer, records, method, cfg):
 
     every, written = range(len(records)), [[] for _ in records]
     conversations = [record["messages"] for record in records]
-    thoughts = [(record.get("thought", ""), False) for record in records]  # (text, truncated?)
+    thoughts = [record.get("thought", ("", "stop")) for record in records]  # (text, how it ended)
     if method == "sdc":  # call 1 thinks, only its thought is kept; call 2 sees request and thought in one user message
         if not cfg.thought_model:
-            thoughts = [(rewards.parse_response(text, cfg.family).think, cut)
-                        for ((text, cut),) in turns(conversations, "cot", every)]
+            thoughts = [(rewards.parse_response(text, cfg.family).think, ended)
+                        for ((text, ended),) in turns(conversations, "cot", every)]
         conversations = [reworded(r, "sdc", thought=thought) for r, (thought, _) in zip(records, thoughts, strict=True)]
     if method == "od":
         conversations = [reworded(record, "plan", plan=plan_of(record)) for record in records]
@@ -1418,22 +1425,25 @@ def answer_chunk(engine, tokenizer, records, method, cfg):
         for k in active:
             final[k] = better[k][0]
 
-    items = []
-    for k, (record, (text, truncated), (thought, thought_truncated)) in enumerate(
-            zip(records, final, thoughts, strict=True)):
-        parsed = rewards.parse_response(text, cfg.family)
+    answers = [answer_text(text, cfg.family) for text, _ in final]
+    asked = [(record["messages"][-1]["content"], answer, question)
+             for record, answer in zip(records, answers, strict=True) for question in questions_of(record)]
+    said, items = iter(judge(asked) if asked else ()), []
+    for k, (record, (text, ended), (thought, thought_ended)) in enumerate(zip(records, final, thoughts, strict=True)):
+        parsed, answer = rewards.parse_response(text, cfg.family), answers[k]
         if method != "sdc" and "</think>" in text:
             thought = parsed.think
-        answer = answer_text(text, cfg.family)
         answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"] if tokenizer else answer.split()
         items.append({
             "id": record["id"],
             "text": text,
             "thought": thought,
             "answer": answer,
-            **(score_item(record, text, cfg.family) if "task" in record else {}),
+            **(score_item(record, text, cfg.family, [next(said) for _ in questions_of(record)])
+               if "task" in record else {}),
             "format_ok": parsed.format_ok if method == "cot" else None,
-            "truncated": truncated or thought_truncated,
+            "truncated": "length" in (ended, thought_ended),
+            "refused": ended == "refused",  # by a server: no answer
             "thought_tokens": tokens(thought),
             "answer_tokens": tokens(answer),
             "written_tokens": sum(map(tokens, written[k])),  # of all calls: 10 samples, several turns
@@ -1442,7 +1452,7 @@ def answer_chunk(engine, tokenizer, records, method, cfg):
     return items
 
 
-def answer_row(cfg, label, model_name, method, records, benchmark, load):
+def answer_row(cfg, label, model_name, method, records, benchmark, load, judge=None):
     """Complete one row, chunk by chunk. `load(name)` gives (model, tokenizer, engine), only when needed.
 
     The ranks of torchrun share each chunk; rank 0 reads and writes.
@@ -1459,7 +1469,7 @@ def answer_row(cfg, label, model_name, method, records, benchmark, load):
             began = time.perf_counter()
             chunk = todo[start : start + cfg.chunk]
             own = chunk[rank::world]
-            answered = gather_objects(answer_chunk(engine, tokenizer, own, method, cfg) if own else [])
+            answered = gather_objects(answer_chunk(engine, tokenizer, own, method, cfg, judge) if own else [])
             if rank == 0:
                 answered = {item["id"]: item for item in answered}
                 for record in chunk:
@@ -1474,8 +1484,10 @@ def with_thoughts(cfg, label, method, records, benchmark, load):
     if method != "sdc" or not cfg.thought_model:
         return records
     own = replace(cfg, out=str(Path(cfg.out) / "thoughts"), thought_model="")
-    answer_row(own, label, cfg.thought_model, "cot", records, benchmark, load)
-    thoughts = {row["id"]: row["thought"] for row in read_jsonl(row_files(own.out, label)[0])}
+    answer_row(own, label, cfg.thought_model, "cot", [{**r, "constraints": []} for r in records], benchmark, load)
+    rank, _ = init_distributed()
+    rows = gather_objects([read_jsonl(row_files(own.out, label)[0])] if rank == 0 else [])[0]  # once it is written
+    thoughts = {row["id"]: (row["thought"], "length" if row["truncated"] else "stop") for row in rows}
     return [{**record, "thought": thoughts[record["id"]]} for record in records]
 
 
@@ -1488,21 +1500,22 @@ def read_rows(run, records, wanted):
         differs = [key for key in wanted if settings[key] != wanted[key]]
         if differs:
             print(f"row {settings['label']} is left out of the report: other {', '.join(differs)} than in this call")
-        elif len(items) < len(records):
-            print(f"row {settings['label']} is left out of the report: {len(items)} of {len(records)} prompts answered")
+        elif missing := sum(record["id"] not in items for record in records):
+            print(f"row {settings['label']} is left out of the report: {missing} of {len(records)} prompts unanswered")
         else:
             rows[settings["label"]] = (settings, [items[record["id"]] for record in records])
     rank = {label: position for position, label in enumerate(ROW_ORDER)}
     return {label: rows[label] for label in sorted(rows, key=lambda label: (rank.get(label, len(rank)), label))}
 
 
-def add_perplexity(cfg, records, rows, load):
+def add_perplexity(cfg, records, rows):
     """Measure the perplexity of rows that lack it, on the same records in every row, and store it with the row."""
     chosen = spread(range(len(records)), cfg.perplexity_items)
-    base = {"model": cfg.base_model, "answers": len(chosen)}
+    base, model = {"model": cfg.base_model, "answers": len(chosen)}, None
     for label, (settings, items) in rows.items():
         if chosen and (settings["perplexity"] or {}).get("base") != base:
-            model, tokenizer, _ = load(cfg.base_model)
+            if model is None:
+                model, tokenizer = load_model(cfg.base_model, dtype=compute_dtype(cfg.precision))
             some, answers = [records[k] for k in chosen], [items[k]["answer"] for k in chosen]
             settings["perplexity"] = {"base": base, "value": answer_perplexity(model, tokenizer, some, answers)}
             write_atomic(row_files(cfg.out, label)[1], json.dumps(settings, indent=1))
@@ -1533,8 +1546,8 @@ def prepare(names, folder, opener=urllib.request.urlopen):
 
 def local_chat(name, load):
     """A chat function on a model of ours, as Endpoint.chat."""
-    def chat(conversations, *, n, max_tokens, temperature, seed):
-        _, tokenizer, engine = load(name)
+    def chat(conversations, *, n, max_tokens, temperature, seed, **_):
+        _, tokenizer, engine = load(name, local=True)
         ids = [render_prompt(tokenizer, messages, "io").ids for messages in conversations]
         return engine.generate(ids, n=n, max_tokens=max_tokens, temperature=temperature, seeds=[seed] * len(ids))
     return chat
@@ -1543,14 +1556,16 @@ def local_chat(name, load):
 def judge_answers(cfg, name, label, pairs, chat):
     """{id: {question: raw reply}} for (item, answer) pairs.
 
-    Replies are kept in judgements/LABEL.jsonl of the run, a file that --judgements reads; a killed run asks only what
-    is missing, and an answer that changed is judged anew.
+    Replies are kept in judgements/LABEL - JUDGE.jsonl of the run, a file that --judgements reads; a killed run asks
+    only what is missing, and an answer that changed is judged anew.
     """
-    path, benchmark = Path(cfg.out) / "judgements" / row_files(cfg.out, label)[0].name, BENCHMARKS[name]
+    path = Path(cfg.out) / "judgements" / row_files(cfg.out, f"{label} - {cfg.judge}")[0].name
+    benchmark, pairs = BENCHMARKS[name], [(item, answer) for item, answer in pairs if answer is not None]
     stamp = {item["id"]: hashlib.sha256(answer.encode()).hexdigest()[:16] for item, answer in pairs}
-    kept = [row for row in read_jsonl(path) if (row["answer"], row["judge"]) == (stamp.get(row["id"]), cfg.judge)]
+    kept = [row for row in read_jsonl(path) if row["answer_sha"] == stamp.get(row["id"], row["answer_sha"])]
     write_jsonl(path, kept)
     replies = {item["id"]: {} for item, _ in pairs}
+    kept = [row for row in kept if row["id"] in stamp]
     for row in kept:
         replies[row["id"]][row["question"]] = row["reply"]
 
@@ -1571,12 +1586,14 @@ def judge_answers(cfg, name, label, pairs, chat):
                             if j not in texts or not benchmark.readable(item, k, texts[j])]
                     asked = [benchmark.ask(item, answer, k, replies[item["id"]])
                              for item, answer, k in (chunk[j] for j in todo)]
+                    # FB-Bench's judge replies in JSON mode; a server without it gets a second chance.
+                    form = {"response_format": {"type": "json_object"}} if name == "fb-bench" and not attempt else {}
                     got = chat(asked, n=1, max_tokens=cfg.judge_tokens, temperature=0.5 * (attempt > 0),
-                               seed=attempt) if todo else []
+                               seed=attempt, **form) if todo else []
                     texts |= {j: completions[0].text for j, completions in zip(todo, got, strict=True)}
                 for j, (item, _, k) in enumerate(chunk):
-                    append_jsonl(path, {"id": item["id"], "question": k, "reply": texts[j], "judge": cfg.judge,
-                                        "answer": stamp[item["id"]]})
+                    append_jsonl(path, {"id": item["id"], "question": k, "reply": texts[j],
+                                        "answer_sha": stamp[item["id"]]})
                     replies[item["id"]][k] = texts[j]
                 bar.update(len(chunk))
     return replies
@@ -1589,7 +1606,8 @@ def metric_intervals(name, judged, protocol, resamples, seed):
         groups.setdefault(item["group"], []).append((item, verdict))
     groups, rng, values = list(groups.values()), np.random.default_rng(seed), {}
     for _ in range(min(resamples, 1000)):
-        rows = [pair for k in rng.integers(0, len(groups), len(groups)) for pair in groups[k]]
+        rows = [({**item, "group": draw}, verdict)  # a group drawn twice is two groups
+                for draw, k in enumerate(rng.integers(0, len(groups), len(groups))) for item, verdict in groups[k]]
         for key, value in BENCHMARKS[name].aggregate(rows, protocol).items():
             if isinstance(value, float):
                 values.setdefault(key, []).append(value)
@@ -1602,13 +1620,16 @@ def run_benchmarks(cfg, names, jobs, load):
     All answers are written before the first is judged, so that a local judge is loaded once.
     """
     rank, _ = init_distributed()
-    report, todo = {"protocol": cfg.protocol, "settings": asdict(cfg), "benchmarks": {}}, []
+    report, todo, path = {"protocol": cfg.protocol, "settings": asdict(cfg), "benchmarks": {}}, [], Path(cfg.out)
+    if (path / "report.json").exists():  # benchmarks of earlier calls stay
+        earlier = json.loads((path / "report.json").read_text(encoding="utf-8"))
+        report["benchmarks"] |= earlier["benchmarks"] if earlier.get("protocol") == cfg.protocol else {}
     for name in names:
         items = BENCHMARKS[name].load(Path(cfg.benchmark_dir))
+        sha = hashlib.sha256(json.dumps([item["messages"] for item in items]).encode()).hexdigest()
         items = spread(items, cfg.limit or len(items))
         if any(item["questions"] for item in items) and not cfg.judge:
             raise InputError(f"--benchmarks {name}: give --judge MODEL, with --judge-url if it is served")
-        sha = hashlib.sha256(json.dumps([item["messages"] for item in items]).encode()).hexdigest()
         todo.append((name, items, sha, replace(cfg, out=str(Path(cfg.out) / name))))
     for _, items, sha, own in todo:
         for label, model, method in jobs:
@@ -1617,12 +1638,14 @@ def run_benchmarks(cfg, names, jobs, load):
         return report
     chat = local_chat(cfg.judge, load)
     if cfg.judge_url:
-        chat = Endpoint(cfg.judge_url, cfg.judge, cache=Path(cfg.out) / "judge_cache").chat
+        chat = Endpoint(cfg.judge_url, cfg.judge, cache=Path(cfg.out) / "judge_cache", timeout=600,
+                        skip_refused=True).chat
     for name, items, sha, own in todo:
-        wanted = {"benchmark": sha, "limit": cfg.limit, "max_new_tokens": cfg.max_new_tokens}
+        wanted = {"benchmark": sha, "max_new_tokens": cfg.max_new_tokens}
         cells = report["benchmarks"][name] = {}
         for label, (settings, answers) in read_rows(own.out, items, wanted).items():
-            pairs = [(item, row["answer"]) for item, row in zip(items, answers, strict=True)]
+            pairs = [(item, None if row.get("refused") else row["answer"])
+                     for item, row in zip(items, answers, strict=True)]
             replies = judge_answers(own, name, label, pairs, chat) if any(item["questions"] for item in items) else {}
             metrics, judged = score_answers(
                 name, [(item, answer, replies.get(item["id"], {})) for item, answer in pairs], cfg.protocol)
@@ -1634,9 +1657,9 @@ def run_benchmarks(cfg, names, jobs, load):
             cells[label] = {"low": low, "high": high, "intervals": intervals, **metrics, **means,
                             "format_failures": mean(formats), "settings": settings, "seconds": settings["seconds"],
                             "judge": cfg.judge}
-    write_atomic(Path(cfg.out) / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
-    write_atomic(Path(cfg.out) / "report.md", benchmarks_markdown(report))
-    plot_benchmarks(report, Path(cfg.out) / "benchmarks.png")
+    write_atomic(path / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
+    write_atomic(path / "report.md", benchmarks_markdown(report))
+    plot_benchmarks(report, path / "benchmarks.png")
     return report
 
 
@@ -1685,11 +1708,7 @@ def benchmarks_markdown(report):
 
 def plot_benchmarks(report, path):
     """Bars of the headlines with their intervals and, with IFEval, a heat map of the strict verdicts per kind."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     shares = {label: cell["kinds"] for label, cell in report["benchmarks"].get("ifeval", {}).items()}
     names = [name for name, cells in report["benchmarks"].items() if cells]
     labels = list(dict.fromkeys(label for cells in report["benchmarks"].values() for label in cells))
@@ -1732,8 +1751,6 @@ def beside(own, published, limits=None, marked=False):
 
 def paper_table(cfg):
     """--table: the layout of the paper's table, our figures from run folders with the paper's beside."""
-    if cfg.table not in ("1", "2", "ablation", "5"):
-        raise InputError(f"--table {cfg.table}: unknown; give 1, 2, ablation or 5")
     published = json.loads((data_dir / "results.json").read_text(encoding="utf-8"))
     columns, rows = (published[f"table {cfg.table}"][key] for key in ("columns", "rows"))
     titles = {benchmark.title: name for name, benchmark in BENCHMARKS.items()}
@@ -1743,6 +1760,9 @@ def paper_table(cfg):
         if not path.exists():
             raise InputError(f"{path}: is not there; --runs takes folders of evaluate.py --benchmarks runs")
         report = json.loads(path.read_text(encoding="utf-8"))
+        if cfg.table in ("1", "ablation") and report.get("protocol") != "raif":
+            raise InputError(f"{path}: scored by protocol {report.get('protocol')!r}; the paper's figures are those of "
+                             "--protocol raif: evaluate with it (answers and judgements on disk are used again)")
         for name, cells in report["benchmarks"].items() if isinstance(report["benchmarks"], dict) else []:
             for label, cell in cells.items():
                 model, base = (published["models"].get(name, name) for name in (
@@ -1772,6 +1792,9 @@ def paper_table(cfg):
         return text
 
     models = sorted({model for model, _ in own})
+    if cfg.table in ("2", "ablation") and len(models) > 1:
+        raise InputError(f"--table {cfg.table}: of one model, but the runs hold {', '.join(models)}; give --runs of "
+                         "one (a trained model counts as its --base-model)")
     if cfg.table == "2":  # of one model; rows are categories, columns are methods
         head = [models[0], *columns]
         for category, printed in rows.items():
@@ -1860,9 +1883,6 @@ def table(header, lines):
 
 def report_markdown(report, records, rows, cfg, benchmark_path, plots):
     """report.md: the tables of `report`, the plots, and ten fixed prompts with the answers of all rows."""
-    def or_dash(value, form):
-        return "–" if value is None else format(value, form)
-
     splits = {split: next(iter(report["rows"].values()))[split] for split in SPLITS}
     n = {split: cells["all_strict"]["n"] if cells else 0 for split, cells in splits.items()}
     titles = [f"{split} (n={n[split]})" for split in SPLITS]
@@ -1871,9 +1891,9 @@ def report_markdown(report, records, rows, cfg, benchmark_path, plots):
         cells = [row[split] for split in SPLITS]
         main.append([label, *(percent(c["all_strict"]) if c else "–" for c in cells), percent(cells[0]["all_loose"]),
                      percent(cells[0]["each_strict"]), percent(cells[0]["each_loose"])])
-        cost.append([label, row["settings"]["model"], row["settings"]["method"], or_dash(row["format_failures"], ".1%"),
+        cost.append([label, row["settings"]["model"], row["settings"]["method"], shown(row["format_failures"], ".1%"),
                      f"{row['truncated']:.1%}", f"{row['thought_tokens']:.1f}", f"{row['answer_tokens']:.1f}",
-                     or_dash(row["perplexity"], ".1f"), f"{row['repetition']:.1%}", f"{row['seconds']:.0f}"])
+                     shown(row["perplexity"], ".1f"), f"{row['repetition']:.1%}", f"{row['seconds']:.0f}"])
     for name, difference in report["differences"].items():
         unclear = [split for split, d in difference.items() if d and d["low"] <= 0 <= d["high"]]
         reading = f"the interval includes 0 ({', '.join(unclear)}): no difference shown" if unclear else "clear of 0"
@@ -1917,11 +1937,7 @@ def report_markdown(report, records, rows, cfg, benchmark_path, plots):
 
 def plot_rows(report, path):
     """Bars: share of prompts with all constraints met, per row and split, with 95 % intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     labels = list(report["rows"])
     fig, ax = plt.subplots(figsize=(1.5 + 1.4 * len(labels), 3.6), layout="constrained")
     for position, split in enumerate(SPLITS):
@@ -1938,11 +1954,7 @@ def plot_rows(report, path):
 
 def plot_training(curves, path):
     """One panel per (title, x_N, y_N); nothing is smoothed, so that what is seen is what was logged."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     fig, axes = plt.subplots(1, len(curves), figsize=(3.2 * len(curves), 2.8), layout="constrained", squeeze=False)
     for ax, (title, x, y) in zip(axes[0], curves, strict=True):
         ax.plot(x, y, linewidth=1)
@@ -1992,8 +2004,10 @@ def main(argv=None):
     if cfg.prepare:
         prepare(names, Path(cfg.benchmark_dir))
         return
+    cfg.max_new_tokens = cfg.max_new_tokens or (4096 if on_benchmarks else 160)
+    judge = None if on_benchmarks else make_judge(cfg.judge, cfg.judge_url, precision=cfg.precision,
+                                                  cache=Path(cfg.out) / "judge_cache")
     if cfg.judge_agreement:
-        judge = make_judge(cfg.judge, cfg.judge_url, precision=cfg.precision, cache=Path(cfg.out) / "judge_cache")
         if judge is None:
             raise InputError("--judge-agreement: which judge? give --judge MODEL, with --judge-url if it is served")
         agreement, verdicts = judge_agreement(judge, cfg.judge_agreement, cfg.limit)
@@ -2005,9 +2019,7 @@ def main(argv=None):
         if not cfg.benchmarks and not path.exists():
             print(f"{path} is not there (evolve.py writes it): evaluating on the shipped {data_dir.name}/heldout.jsonl")
             path = data_dir / "heldout.jsonl"
-        records, sha = read_benchmark(path, cfg.limit)
-    if cfg.method not in ("", *METHODS):
-        raise InputError(f"--method {cfg.method}: unknown; give one of {', '.join(METHODS)}")
+        records, sha = read_benchmark(path, cfg.limit, cfg.judge)
     if cfg.model or cfg.method or cfg.label:
         method = cfg.method or "cot"
         jobs = [(cfg.label or METHODS[method], cfg.model or cfg.base_model, method)]
@@ -2022,13 +2034,14 @@ def main(argv=None):
 
     loaded = {}
 
-    def load(name):
-        if cfg.model_url and name != cfg.judge:
-            return None, None, Endpoint(cfg.model_url, name, progress="answers")
+    def load(name, local=False):  # local: a judge's, beside a served model too
+        if cfg.model_url and not local:
+            return None, None, Endpoint(cfg.model_url, name, progress="answers", timeout=600, skip_refused=True)
         if name not in loaded:
             loaded.clear()  # one model in memory at a time
             model, tokenizer = load_model(name, dtype=compute_dtype(cfg.precision))
-            engine = make_engine(cfg.engine, model, tokenizer, source=name, max_length=4096 + cfg.max_new_tokens)
+            engine = make_engine("hf" if local else cfg.engine, model, tokenizer, source=name,
+                                 max_length=4096 + cfg.max_new_tokens)
             engine.wake()
             engine.sync(model)
             loaded[name] = model, tokenizer, engine
@@ -2042,12 +2055,12 @@ def main(argv=None):
                 print(f"{name:12} {label:8} {shown(cell['headline'])} {interval}  ({cell['seconds']:.0f} s)")
         return
     for label, model, method in jobs:
-        answer_row(cfg, label, model, method, with_thoughts(cfg, label, method, records, sha, load), sha, load)
+        answer_row(cfg, label, model, method, with_thoughts(cfg, label, method, records, sha, load), sha, load, judge)
     if rank:
         return
-    wanted = {"benchmark": sha, "limit": cfg.limit, "max_new_tokens": cfg.max_new_tokens}
+    wanted = {"benchmark": sha, "max_new_tokens": cfg.max_new_tokens}
     rows = read_rows(cfg.out, records, wanted)
-    add_perplexity(cfg, records, rows, load)
+    add_perplexity(cfg, records, rows)
     report = write_report(cfg, records, rows, path)
     for label, row in report["rows"].items():
         print(f"{label:8} all constraints met {percent(row['all']['all_strict'])} %  ({row['seconds']:.0f} s)")

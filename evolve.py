@@ -19,6 +19,7 @@ import hashlib
 import json
 import random
 import re
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -41,6 +42,8 @@ from model import (
     make_engine,
     open_run,
     parse_flags,
+    prompt_text,
+    pyplot,
     read_jsonl,
     record_seed,
     render_prompt,
@@ -98,10 +101,10 @@ class Config:
     compositions: Literal["and", "all"] = "and"  # all: And, Chain, Selection and Nested in equal parts
     keep_easy: float = 0.5  # chance of keeping a constraint that the plain draft already meets
     heldout_share: float = 0.3  # share of the requests that only the held-out file may use
-    uses: int = 1  # training records per request
-    heldout: int = 200  # held-out records of the trained kinds
-    ood: int = 100  # held-out records with at least one kind never trained on
-    max_words: int = 80  # longest expert answer, in words (1.6 characters a word in Chinese)
+    uses: int = 1  # offline: training records per request
+    heldout: int = 200  # offline: held-out records of the trained kinds (with --llm: all of the held-out requests)
+    ood: int = 100  # offline: held-out records with at least one kind never trained on
+    max_words: int = 80  # offline: longest expert answer, in words (1.6 characters a word in Chinese)
     limit: int = 0  # use only so many requests; 0 = all
     llm: str = ""  # model that tags, drafts, writes and filters (name as served); none: all offline
     llm_url: str = ""  # its OpenAI-compatible server, such as http://localhost:8000/v1 (key: OPENAI_API_KEY)
@@ -203,11 +206,14 @@ def read_seeds(cfg: Config, counts: Counter | None = None) -> list[dict]:
     seeds, first_seen = [], {}
     for source in [cfg.seeds] if cfg.seeds else files[cfg.language] + forms:
         for where, row in islice(rows_of(str(source)), cfg.rows or None):
-            if "text" not in row and row.keys() & set(_OTHER_FORMS):
+            if row.keys() & set(_OTHER_FORMS) and not row.keys() >= {"text", "language"}:
                 try:
                     text = request_of(row)
                 except (AttributeError, IndexError, TypeError):
                     text = None
+                if not filled(text) and not Path(source).exists():  # of the hub: nobody can mend it
+                    counts["no text"] += 1
+                    continue
                 if not filled(text):
                     raise InputError(f"{where}: no text of a user turn, instruction or prompt; mend or remove the line")
                 seed = {"id": f"{Path(source).stem}-{where.rpartition(':')[2]}", "text": text.strip()}
@@ -234,8 +240,12 @@ def read_seeds(cfg: Config, counts: Counter | None = None) -> list[dict]:
                 counts["too short" if length < 3 else "too long"] += 1
             elif cfg.language in (seed["language"], "both"):
                 seeds.append(seed)
+            else:
+                counts["not in --language"] += 1
     if not seeds:
-        raise InputError(f"{cfg.seeds}: no request in language {cfg.language!r}; change --language")
+        dropped = ", ".join(f"{reason} {n}" for reason, n in counts.items())
+        raise InputError(f"{cfg.seeds or 'the shipped requests'}: none is usable ({dropped or 'no rows'}); change "
+                         "--language, --seed-words or the file")
     return seeds
 
 
@@ -328,7 +338,7 @@ def tag(seeds: list[dict], ask, counts: Counter) -> list[dict]:
             topic, ability = str(read_json(reply, "topic")), read_json(reply, "ability")
             return (topic, str(ability)) if topic in topics else ("", "") if topic == "other" else None
 
-        found = ask("tag", untagged, lambda s: fill_prompt("evolve_tag", abilities=shown, request=s["text"]), read)
+        found = ask("tag", untagged, lambda s: prompt_text("evolve_tag", abilities=shown, request=s["text"]), read)
     else:
         named = [(t, a, words) for t, abilities in topics.items() for a, words in abilities.items()]
         found = [
@@ -397,7 +407,7 @@ def write_drafts(seeds: list[dict], cfg: Config, folder: Path) -> dict[str, str]
     for start in tqdm(range(0, len(pending), CHUNK), desc="drafts", unit="chunk", disable=not pending or rank > 0):
         chunk = pending[start : start + CHUNK]
         settings = [cfg.model, cfg.precision, cfg.draft_tokens, cfg.temperature, cfg.seed, world,
-                    [s["text"] for s in chunk]]
+                    [(s["id"], s["text"]) for s in chunk]]
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         if key not in cache:
             generate = generate or local_generator(cfg)
@@ -785,11 +795,6 @@ def fill(split: str, seeds, rounds: int, target: int | None, kinds, first, cfg: 
 ATTEMPTS = 5  # unusable replies to one question before it counts as unanswered
 
 
-def fill_prompt(name: str, **slots) -> str:
-    template = (data_dir / "prompts" / f"{name}.txt").read_text("utf-8").strip()
-    return re.sub(r"\{(\w+)\}", lambda m: str(slots.get(m[1], m[0])), template)
-
-
 def make_ask(cfg: Config, folder: Path, cache: Path, spent: dict):
     """ask(step, items, write, read): one value per item, the only way to a served model.
 
@@ -845,10 +850,6 @@ def read_word(reply, known: str) -> str | None:
     return found[1] if found else None
 
 
-def read_yes(item, reply) -> bool | None:
-    return rewards.read_verdict(reply)
-
-
 def keep(folder: Path, step: str, rows) -> None:
     """What a step made, as steps/NUMBER-step.jsonl."""
     write_jsonl(folder / "steps" / f"{len(list((folder / 'steps').glob('*')))}-{step}.jsonl", rows)
@@ -890,7 +891,7 @@ def suggest_words(plans: list[tuple[dict, dict]], ask) -> None:
     def write(item):
         seed, plan, i = item
         rule = rewards.render(*plan["drawn"][i], seed["language"], 0)
-        return fill_prompt("evolve_words", request=seed["text"], rule=rule, language=LANGUAGES[seed["language"]],
+        return prompt_text("evolve_words", request=seed["text"], rule=rule, language=LANGUAGES[seed["language"]],
                            count=len(drawn_words(plan, i)) + 2, taken=", ".join(sorted(taken(item))) or "(none)")
 
     def read(item, reply):
@@ -930,7 +931,7 @@ def judged_records(items: list[dict], ask, counts: Counter) -> list[dict]:
 
     def fill_in(name, item, **slots):
         example, language = json.dumps(item["example"], ensure_ascii=False, indent=1), item["seed"]["language"]
-        return fill_prompt(name, request=item["seed"]["text"], example=example, language=LANGUAGES[language], **slots)
+        return prompt_text(name, request=item["seed"]["text"], example=example, language=LANGUAGES[language], **slots)
 
     def write_parts(item):
         truths = [str(condition["holds"]).lower() for condition in conditions_of(item["example"])]
@@ -983,7 +984,8 @@ def judged_records(items: list[dict], ask, counts: Counter) -> list[dict]:
                     temperature=0.7, seed=turn)
         pairs = [(item, text) for item, text in zip(pending, texts, strict=True) if text]
         same = ask("compare", pairs, lambda pair: fill_in(
-            "evolve_compare", pair[0], parts=listed(pair[0]), instruction=pair[1]), read_yes)
+            "evolve_compare", pair[0], parts=listed(pair[0]), instruction=pair[1]),
+                   lambda _, reply: rewards.read_verdict(reply))
         merged |= {item["seed"]["id"]: text for (item, text), yes in zip(pairs, same, strict=True) if yes}
         pending = [item for item in pending if item["seed"]["id"] not in merged]
     counts["parts lost or added in merging"] += len(pending)
@@ -1020,7 +1022,8 @@ def add_experts(records: list[dict], ask, cfg: Config, counts: Counter) -> list[
         return [{"role": "system", "content": trigger}, *record["messages"]]
 
     def judge(items):
-        verdicts = ask("judge", items, lambda item: rewards.judge_prompt(*item), read_yes, role="judge")
+        verdicts = ask("judge", items, lambda item: rewards.judge_prompt(*item),
+                       lambda _, reply: rewards.read_verdict(reply), role="judge")
         return [verdict is True for verdict in verdicts]
 
     passing: dict[str, list[str]] = {record["id"]: [] for record in records}
@@ -1060,7 +1063,10 @@ def quick_check(name: str, record: dict, answer: str) -> bool | None:
         share = sum("\u4e00" <= word <= "\u9fff" for word in words) / max(1, len(words))
         if record["language"] == "zh":
             return True if share < 0.2 else False if share > 0.9 else None
-        return True if share > 0.5 else False if share == 0 and rewards.detect_language(answer) == "en" else None
+        wanted = re.search("chinese|mandarin|translat|[\u4e00-\u9fff]", instruction, re.I)
+        if share > 0.5 and not wanted:
+            return True
+        return False if share == 0 and rewards.detect_language(answer) == "en" else None
     found = {"length": not words or len(answer) > rewards.MAX_CHARS // 2}
     if name == "leakage":
         copied = len(words) > 5 and " ".join(words) in " ".join(tokens(instruction))
@@ -1087,7 +1093,7 @@ def apply_filters(records: list[dict], ask, folder: Path, funnel) -> list[dict]:
 
         def write(record, name=name):
             instruction, answer = record["messages"][0]["content"], answers[record["id"]] or "(none yet)"
-            return fill_prompt("filter", instruction=instruction, answer=answer, rubric=fill_prompt(f"filter_{name}"))
+            return prompt_text("filter", instruction=instruction, answer=answer, rubric=prompt_text(f"filter_{name}"))
 
         judged = [r for r in records if answers[r["id"]] or name in OF_THE_INSTRUCTION]
         verdicts = dict.fromkeys((r["id"] for r in records), "na")
@@ -1161,6 +1167,9 @@ def mix_in_math(records: list[dict], cfg: Config, rng) -> list[dict]:
         return records
     math = math_records(cfg.math or str(data_dir / "arithmetic.jsonl"))
     wanted = round(cfg.math_ratio * len(records))
+    if wanted > len(math):
+        print(f"--math-ratio {cfg.math_ratio} asks for {wanted} math records, there are {len(math)}: all taken",
+              file=sys.stderr)
     return records + rng.sample(math, min(wanted, len(math)))
 
 
@@ -1280,10 +1289,10 @@ def report(funnel, files: dict[str, list[dict]], spent, cfg: Config) -> str:
     for split, records in files.items():
         if records:
             sizes = Counter(sum(c["active"] for c in r["constraints"]) for r in records)
-            easy = funnel[split]["kept: the plain answer meets all"] / len(records)
+            easy = "–" if cfg.llm else f"{funnel[split]['kept: the plain answer meets all'] / len(records):.0%}"
             words = [mean(count_words(parts_of(r)[name]) for r in records) for name in parts_of(records[0])]
             counts = ", ".join(str(sizes[n]) for n in range(1, max(sizes) + 1))
-            rows.append((split, len(records), counts, f"{easy:.0%}", *(f"{n:.0f}" for n in words)))
+            rows.append((split, len(records), counts, easy, *(f"{n:.0f}" for n in words)))
     lines += table(*rows) + ["![lengths](lengths.png)", ""]
     if spent:
         numbers = ("calls", "prompt_tokens", "completion_tokens")
@@ -1311,12 +1320,8 @@ def report(funnel, files: dict[str, list[dict]], spent, cfg: Config) -> str:
 
 def plot_lengths(path: Path, records: list[dict]) -> None:
     """Histograms of the words in instructions, thoughts and answers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3), layout="constrained")
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3), layout="constrained")
     for axis, name in zip(axes, ("instruction", "thought", "answer"), strict=True):
         for language in sorted({record["language"] for record in records}):
             sizes = [count_words(parts_of(r)[name]) for r in records if r["language"] == language]
@@ -1324,7 +1329,7 @@ def plot_lengths(path: Path, records: list[dict]) -> None:
         axis.set_xlabel(f"words: {name}")
     axes[0].legend()
     figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    plt.close(figure)
 
 
 def show_steps(folder: Path, seeds: list[dict]) -> None:
@@ -1364,6 +1369,8 @@ def main(argv=None):
 def evolve(cfg: Config, root: Path, rank: int) -> None:
     """All steps into one folder; drafts and finished calls are kept in (and taken from) `root`."""
     folder = open_run(cfg.out, cfg, resume=True)
+    if rank and cfg.llm:
+        return  # requests to a server are not split
     funnel, spent, hits = defaultdict(Counter), defaultdict(Counter), []
     if rank == 0:
         for stale in (folder / "steps").glob("*.jsonl"):

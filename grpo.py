@@ -17,7 +17,6 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -76,10 +75,10 @@ class Config:
 
 # 26K prompts = 812 rollout batches an episode; the cosine's 30-episode horizon (2 updates each) is never reached.
 _PAPER = dict(steps=2000, prompts=32, updates=2, bc_batch=128, max_new_tokens=4096, lr=1e-6, lr_horizon=48_720,
-              math_ratio=1.0, micro_tokens=16_384, save_every=50)
+              math_ratio=1.0, micro_tokens=16_384, activation_checkpointing=True, save_every=50)
 PRESETS = {
     "paper-1.5b": dict(model="Qwen/Qwen2.5-1.5B-Instruct", **_PAPER),
-    "paper-7b": dict(model="Qwen/Qwen2.5-7B-Instruct", shard=True, activation_checkpointing=True, **_PAPER),
+    "paper-7b": dict(model="Qwen/Qwen2.5-7B-Instruct", shard=True, **_PAPER),
 }
 
 
@@ -156,6 +155,9 @@ class Row:
     old_logp: torch.Tensor | None = None  # (R,) under the policy that sampled it, by the trainer's own arithmetic
     sampled_logp: list[float] | None = None  # the same by the engine's: only compared
 
+    def __iter__(self):  # packs of rows are packs of (token ids, response start)
+        return iter((self.ids, self.start))
+
 
 def filler() -> list[list[Row]]:
     """A micro-batch of weight 0, for a rank that has none left (new each time: rows keep log-probabilities)."""
@@ -166,12 +168,11 @@ def policy_backward(policy, reference, rows: list[Row], normalizer: int, cfg: Co
     """Accumulate the gradient of L_policy + kl_coef · L_KL over these rows; returns the summed stats."""
     totals = Counter()
     for packs, weight in m.equal_counts(m.micro_batches(rows, cfg.micro_tokens), filler()):
-        batch, pairs = flatten(packs)
-        ref_logp_BR = None
+        batch, ref_logp_BR = [row for pack in packs for row in pack], None
         if reference is not None:
             with torch.no_grad():
-                ref_logp_BR, _ = m.row_logprobs(reference, pairs, dtype, cfg.temperature)
-        logp_BR, mask_BR = m.row_logprobs(policy, pairs, dtype, cfg.temperature)
+                ref_logp_BR, _ = m.row_logprobs(reference, packs, dtype, cfg.temperature)
+        logp_BR, mask_BR = m.row_logprobs(policy, packs, dtype, cfg.temperature)
         if batch[0].old_logp is None:  # the first update of a rollout batch is exactly on-policy
             keep_logprobs(batch, logp_BR, mask_BR)
         old_logp_BR = torch.zeros_like(logp_BR)
@@ -181,7 +182,7 @@ def policy_backward(policy, reference, rows: list[Row], normalizer: int, cfg: Co
                                 kl_coef=cfg.kl_coef, normalizer=normalizer, clip_high=cfg.clip_high,
                                 row_length={"grpo": None, "dapo": 1, "dr_grpo": cfg.max_new_tokens}[cfg.loss])
         (weight * loss).backward()
-        lengths = [m.pack_length(pack) for pack in pairs]
+        lengths = [m.pack_length(pack) for pack in packs]
         stats |= {"tokens": sum(lengths), "slots": len(lengths) * max(lengths)}
         totals.update({name: weight * value for name, value in stats.items()})
     return totals
@@ -191,7 +192,7 @@ def cloning_backward(policy, rows: list[Row], normalizer: int, cfg: Config, dtyp
     """Accumulate the gradient of λ · mean_i mean_t −log π_θ(ỹ|x̃) (Eq. 8) over expert rows; returns the BC loss."""
     total = 0.0
     for packs, weight in m.equal_counts(m.micro_batches(rows, cfg.micro_tokens), filler()):
-        logp_BR, mask_BR = m.row_logprobs(policy, flatten(packs)[1], dtype)
+        logp_BR, mask_BR = m.row_logprobs(policy, packs, dtype)
         loss = -weight * (logp_BR.sum(1) / mask_BR.sum(1)).sum() / normalizer
         (cfg.bc_coef * loss).backward()
         total += loss.item()
@@ -202,8 +203,7 @@ def cloning_backward(policy, rows: list[Row], normalizer: int, cfg: Config, dtyp
 def store_old_logprobs(policy, rows: list[Row], cfg: Config, dtype) -> None:
     """Fill in old_logp: the sampling policy's log-probabilities, needed once the policy moves on."""
     for packs, _ in m.equal_counts(m.micro_batches(rows, cfg.micro_tokens), filler()):
-        batch, pairs = flatten(packs)
-        keep_logprobs(batch, *m.row_logprobs(policy, pairs, dtype, cfg.temperature))
+        keep_logprobs([row for pack in packs for row in pack], *m.row_logprobs(policy, packs, dtype, cfg.temperature))
 
 
 def keep_logprobs(batch: list[Row], logp_BR, mask_BR) -> None:
@@ -225,20 +225,12 @@ def engine_mismatch(rows: list[Row]) -> dict:
             "engine_kl": round(sum(kl) / max(1, sum(count)), 6)}
 
 
-def flatten(packs: list[list[Row]]):
-    """(rows in the order of the packs, packs of (token ids, response start) as row_logprobs takes them)."""
-    return [row for pack in packs for row in pack], [[(row.ids, row.start) for row in pack] for pack in packs]
-
-
 # ---------------------------------------------------------------- data
 
 
 def load_pools(cfg: Config, tokenizer) -> dict[str, list[dict]]:
     """{"instruction", "math", "expert"}: record lists, prompts over the limit left out and counted."""
-    path = Path(cfg.records)
-    if not path.exists() and cfg.records == Config.records:
-        path = m.data_dir / "train.jsonl"
-        print(f"{cfg.records} is not there (run python evolve.py): using the sample data/{path.name}", file=sys.stderr)
+    path = m.records_path(cfg.records, Config.records)
     records = read_records(path)
     fitting = []
     for record in records:
@@ -253,10 +245,16 @@ def load_pools(cfg: Config, tokenizer) -> dict[str, list[dict]]:
         fitting = [record for record in stripped if record["task"] == "math" or record["constraints"]]
         print(f"--code-only: {len(stripped) - len(fitting)} of {len(stripped)} records have no active code constraint: "
               "left out", file=sys.stderr)
+    limit = cfg.max_prompt_tokens + cfg.max_new_tokens
+    experts = [record for record in fitting if record.get("expert")]
+    short = [record for record in experts if len(m.encode_expert(tokenizer, record, cfg.family).ids) <= limit]
+    if len(short) < len(experts):
+        print(f"{len(experts) - len(short)} of {len(experts)} experts exceed {limit} tokens: not cloned",
+              file=sys.stderr)
     pools = {
         "instruction": [record for record in fitting if record["task"] == "instruction" and cfg.data != "math"],
         "math": [record for record in fitting if record["task"] == "math" and cfg.data != "complex"],
-        "expert": [record for record in fitting if record.get("expert")],
+        "expert": short,  # cloned whatever --data says
     }
     if not pools["instruction"] and cfg.data != "math":
         raise InputError(f"{path}: no instruction record within {cfg.max_prompt_tokens} prompt tokens; run "
@@ -405,7 +403,10 @@ def main():
     cfg = m.parse_flags(Config, presets=PRESETS)
     if cfg.superior_cot and (cfg.direct == 0 or cfg.data == "math"):
         raise InputError(f"--direct {cfg.direct} --data {cfg.data}: the superior-CoT rule compares with direct rollouts"
-                         " and could never fire; give --direct 2, or switch the rule off with --no-superior-cot")
+                         " of instructions and could never fire; give --direct 2 and other --data, or "
+                         "--no-superior-cot")
+    if cfg.offload != "none" and not cfg.shard:
+        raise InputError(f"--offload {cfg.offload}: works with --shard, under torchrun")
     rank, world = m.init_distributed()
     stop = m.stop_signals()
     m.keep_freed_memory()
@@ -423,13 +424,13 @@ def main():
     judge = m.make_judge(cfg.judge, cfg.judge_url, precision=cfg.precision, cache=run / "judge_cache")
     engine = m.make_engine(cfg.engine, policy, tokenizer, dtype=dtype, own_copy=cfg.shard, source=cfg.model,
                            max_length=cfg.max_prompt_tokens + cfg.max_new_tokens, share=cfg.engine_share)
-    reference = m.load_model(cfg.model)[0].requires_grad_(False) if cfg.kl_coef else None
     if cfg.activation_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
-    if cfg.shard:
+    if cfg.shard:  # one model after the other: two whole ones might not fit
         m.shard_model(policy, dtype, offload=cfg.offload == "all")
-        if reference is not None:
-            m.shard_model(reference, dtype, offload=cfg.offload != "none")
+    reference = m.load_model(cfg.model)[0].requires_grad_(False) if cfg.kl_coef else None
+    if cfg.shard and reference is not None:
+        m.shard_model(reference, dtype, offload=cfg.offload != "none")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     # What a resumed run goes on from, beside weights and optimizer; all else follows from (seed, step).
     done = {"step": 0, "direct_seen": 0, "skipped": 0, "flat_steps": 0, "rewards": [], "best": -math.inf}
@@ -479,8 +480,7 @@ def main():
                 cloned = [Row(*m.encode_expert(tokenizer, record, cfg.family)) for record in experts]
                 stats["bc_loss"] = cloning_backward(policy, cloned, cfg.bc_batch, cfg, dtype)
                 own = own + cloned
-            batch = [{"id": key[0], "ids": rows[key].ids, "start": rows[key].start, "advantage": rows[key].advantage}
-                     for key in part if key in rows]
+            batch = [{"ids": row.ids, "start": row.start, "advantage": row.advantage} for row in own]
             grad_norm = m.optimizer_step(policy, optimizer, number, batch, run)
             stats["grad_norm"] = grad_norm / world  # the same on every rank; the others below are shares of a sum
             stats["trained"] = sum(len(row.ids) for row in own)

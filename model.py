@@ -192,7 +192,7 @@ def optimizer_step(model, optimizer, number: int, rows: list[dict], run: Path) -
     has added them (also as a sum, see shard_model) in its backward passes. A gradient that is not finite skips the
     update and leaves `rows` (what it came from) in RUN/nonfinite; the third in a row ends the run.
     """
-    if dist.is_initialized() and not is_sharded(model):
+    if dist.is_initialized() and not hasattr(model, "sharded_logprobs"):
         for parameter in model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -212,10 +212,6 @@ def optimizer_step(model, optimizer, number: int, rows: list[dict], run: Path) -
                              "from the last checkpoint with --resume")
     optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-def is_sharded(model) -> bool:
-    return hasattr(model, "sharded_logprobs")
 
 
 def shard_model(model, dtype: torch.dtype, *, offload: bool = False):
@@ -253,7 +249,6 @@ def shard_model(model, dtype: torch.dtype, *, offload: bool = False):
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
     model.sharded_logprobs = types.MethodType(_decoder_and_head, model)
     register_fsdp_forward_method(model, "sharded_logprobs")
-    return model
 
 
 def full_tensors(model):
@@ -344,25 +339,29 @@ def _convert_smollm2(gguf: Path, target: Path) -> None:
     write_model(model, AutoTokenizer.from_pretrained(**where), target)
 
 
-def write_model(model, tokenizer, folder: Path, *, dtype=None) -> None:
+def write_model(model, tokenizer, folder: Path) -> None:
     """A Hugging Face folder, complete or not there at all: written beside its place, then renamed. All ranks call."""
     state = training_state(model)["model"]
     if dist.is_initialized() and dist.get_rank():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".", suffix=".tmp"))
-    state = {name: tensor.to(dtype) for name, tensor in state.items()} if dtype else state
+    scratch, earlier = (Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".", suffix=suffix))
+                        for suffix in (".tmp", ".earlier"))
     implementation = model.config._attn_implementation
-    model.config._attn_implementation = "sdpa"
-    model.save_pretrained(scratch, state_dict=state)
-    model.config._attn_implementation = implementation
-    tokenizer.save_pretrained(scratch)
-    scratch.chmod(0o755)
-    for file in scratch.iterdir():
-        file.chmod(0o644)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(scratch, folder)
+    try:
+        model.config._attn_implementation = "sdpa"
+        model.save_pretrained(scratch, state_dict=state)
+        model.config._attn_implementation = implementation
+        tokenizer.save_pretrained(scratch)
+        scratch.chmod(0o755)
+        for file in scratch.iterdir():
+            file.chmod(0o644)
+        if folder.exists():
+            os.replace(folder, earlier)  # aside, as removing takes time: a kill then leaves no half a folder
+        os.replace(scratch, folder)
+        shutil.rmtree(earlier)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- prompts
@@ -371,6 +370,12 @@ def write_model(model, tokenizer, folder: Path, *, dtype=None) -> None:
 class Prompt(typing.NamedTuple):
     ids: list[int]  # token ids of the rendered conversation, the opened assistant turn included
     prefill: str  # what the assistant turn already holds: prefill + completion text is the whole turn
+
+
+def prompt_text(name: str, **slots) -> str:
+    """data/prompts/NAME.txt with its {slots} filled in."""
+    template = (data_dir / "prompts" / f"{name}.txt").read_text("utf-8").strip()
+    return re.sub(r"\{(\w+)\}", lambda slot: str(slots.get(slot[1], slot[0])), template)
 
 
 def render_prompt(tokenizer, messages, mode: str, family: str = "cold", language: str = "en") -> Prompt:
@@ -384,7 +389,7 @@ def render_prompt(tokenizer, messages, mode: str, family: str = "cold", language
         raise ValueError(f"mode {mode!r}: expected io, cot or direct")
     messages = [dict(message) for message in messages]
     if mode != "io" and family == "cold":
-        trigger = (data_dir / "prompts" / f"cot.{'zh' if language == 'zh' else 'en'}.txt").read_text("utf-8").strip()
+        trigger = prompt_text(f"cot.{'zh' if language == 'zh' else 'en'}")
         if _has_system_role(tokenizer):
             if messages[0]["role"] == "system":
                 messages[0]["content"] += "\n" + trigger
@@ -530,10 +535,10 @@ def packed_logprobs(model, packs, *, temperature=1.0, chunk=1024):
     return logp_BR.index_put((response_N, place_N), logp_N)
 
 
-def pad_right(rows: list[list[int]], value: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_right(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids_BT, mask_BT) of token lists, on the compute device."""
     lengths_B = torch.tensor([len(row) for row in rows])
-    ids_BT = torch.full((len(rows), int(lengths_B.max())), value)
+    ids_BT = torch.full((len(rows), int(lengths_B.max())), 0)
     for row, ids in enumerate(rows):
         ids_BT[row, : len(ids)] = torch.tensor(ids)
     mask_BT = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
@@ -964,9 +969,10 @@ class Endpoint:
         self.client = OpenAI(base_url=base_url, api_key=api_key or os.environ.get("OPENAI_API_KEY", "none"),
                              timeout=timeout, max_retries=0)
 
-    def chat(self, conversations, *, n=1, max_tokens, temperature=1.0, stop=(), seed=0) -> list[list[Completion]]:
-        """n completions for each conversation (a list of messages), in order."""
-        settings = {"n": n, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    def chat(self, conversations, *, n=1, max_tokens, temperature=1.0, stop=(), seed=0,
+             **more) -> list[list[Completion]]:
+        """n completions for each conversation (a list of messages), in order; `more`: further fields of the request."""
+        settings = {"n": n, "max_tokens": max_tokens, "temperature": temperature, "seed": seed, **more}
         if stop:
             settings["stop"] = list(stop)
         if self.top_logprobs:
@@ -1088,7 +1094,9 @@ def training_plan(model, *, dtype, shard=False, offload="none", checkpointing=Fa
     update_s = trained_tokens / world * count * (8 if reference else 6) / (flops / 2)
     rollout_s = rollout_tokens / world * 2 * count * max(1 / 64 / (bandwidth / 2), 1 / (flops / 2))
     rows = [f"  {name:36} {size / 1e9:7.1f} GB" for name, size in sizes.items() if size]
-    need = sum(sizes.values()) / 1e9
+    # vllm sleeps while the trainer works: its share and what only an update takes are never there at once.
+    asleep = min(sizes.get("vllm's share", 0), sizes["activations"] + sizes["head"])
+    need = (sum(sizes.values()) - asleep) / 1e9
     rows.append(f"  {'in all':36} {need:7.1f} GB" + (f" of {total / 1e9:.0f}" if on_gpu else ""))
     if on_gpu and need * 1e9 > total:
         rows.append("  this does not fit: give --shard with more GPUs, --activation-checkpointing, --offload, or a "
@@ -1105,7 +1113,9 @@ def open_run(folder: str | Path, config, *, resume: bool = False) -> Path:
 
     An earlier run of the same name is moved to NAME.1, NAME.2 … rather than overwritten.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), getattr(config, "model", "")
+    if not resume and Path(model).resolve().is_relative_to(folder.resolve()) and Path(model).exists():
+        raise InputError(f"--model {model}: lies in --out {folder}, which a new run moves aside; give another --out")
     rank = dist.get_rank() if dist.is_initialized() else 0
     if rank == 0:
         if (folder / "config.json").exists() and not resume:
@@ -1119,6 +1129,14 @@ def open_run(folder: str | Path, config, *, resume: bool = False) -> Path:
     if dist.is_initialized():
         dist.barrier()
     return folder
+
+
+def records_path(given: str, default: str) -> Path:
+    """The record file of a training stage: as given, or the shipped sample where the default is not there yet."""
+    if given == default and not Path(given).exists():
+        print(f"{given} is not there (run python evolve.py): using the sample data/train.jsonl", file=sys.stderr)
+        return data_dir / "train.jsonl"
+    return Path(given)
 
 
 def write_atomic(path: str | Path, text: str | bytes) -> None:
@@ -1218,6 +1236,16 @@ def stop_signals():
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     return lambda: sum_over_ranks(float(stop.is_set())) > 0
+
+
+def pyplot():
+    """matplotlib without a screen; imported only where something is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def warmup_cosine(step: int, total: int, warmup: float, floor: float) -> float:

@@ -18,6 +18,7 @@ import html
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -117,10 +118,12 @@ def validate_record(record) -> None:
         if kind == "judge":
             need(filled(c.get("question")), f"{name}.question", "missing or blank", "ask one yes/no question")
         else:
+            if c.get("kwargs") is None:
+                c["kwargs"] = {}
             try:
-                _arguments(c.get("id"), c.get("kwargs"))
+                _arguments(c.get("id"), c["kwargs"])
             except ValueError as error:
-                field = "id" if c.get("id") not in CHECKS else "kwargs"
+                field = "kwargs" if c.get("id") in [*CHECKS] else "id"
                 raise InputError(f"field '{name}.{field}': {error}; see data/constraints.jsonl for the kinds") from None
         depends = c.setdefault("depends_on", [])
         need(isinstance(depends, list) and all(type(j) is int and 0 <= j < i for j in depends), f"{name}.depends_on",
@@ -174,7 +177,8 @@ def parse_response(text: str, family: str = "cold") -> Parsed:
 def is_placeholder(thought: str) -> bool:
     """True for a thought without content: blank, only punctuation ("..."), or a slot such as "your thoughts here"."""
     words = " ".join(re.findall(r"[^\W_]+", thought.lower()))
-    return words == "" or words in _phrases()["empty_thoughts"]
+    slot = r"((insert|write|put) )?((your|my) )?(thoughts?|thinking|reasoning)( process)?( (goes )?here)?"
+    return re.fullmatch(slot, words) is not None or words == "" or words in _phrases()["empty_thoughts"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +193,7 @@ WORD = re.compile(f"[^\\W_][\\w{MARKS}]*")
 CJK_STOP = re.compile(f"((?:[。！？｡؟۔।॥]|(?<=[{HAN}{KANA}])[.!?])+[!?.。！？…]*[”’」』》）)\"'\\]]*)")
 RULE_LINE = re.compile(r"[ \t]*(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$")
 BULLET = re.compile(r"[ \t]*(?:[*+-][ \t]+|[•●▪◦·][ \t]*)(?=\S)")
-NUMBERED = re.compile(r"[ \t]*(\d{1,4})(?:[.)][ \t]+|[、．）])(?=\S)")
+NUMBERED = re.compile(rf"[ \t]*(\d{{1,4}})(?:[.)](?:[ \t]+|(?=[{HAN}]))|[、．）][ \t]*)(?=\S)")
 HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(?=\S)")
 FENCE = re.compile(r"[ \t]*(```|~~~)")
 
@@ -435,11 +439,16 @@ def _two_responses(s: str) -> bool:
 
 
 def _find(pattern: str, s: str) -> int:
-    """Number of case-insensitive matches; a keyword that is no valid regular expression is taken literally."""
+    return len(re.findall(pattern, s, re.IGNORECASE))
+
+
+def _regex(argument: str) -> str:
+    """IFEval takes words as regular expressions; one that is none is taken literally."""
     try:
-        return len(re.findall(pattern, s, re.IGNORECASE))
+        re.compile(argument)
     except re.error:
-        return len(re.findall(re.escape(pattern), s, re.IGNORECASE))
+        return re.escape(argument)
+    return argument
 
 
 def _highlights(s: str) -> int:
@@ -450,7 +459,7 @@ def _highlights(s: str) -> int:
 def _nth_first_word(s: str, k: dict) -> bool:
     paragraphs = re.split(r"\n\n", s)
     count = sum(bool(p.strip()) for p in paragraphs)
-    if k["nth_paragraph"] > count or not (paragraph := paragraphs[k["nth_paragraph"] - 1].strip()):
+    if not 0 < k["nth_paragraph"] <= count or not (paragraph := paragraphs[k["nth_paragraph"] - 1].strip()):
         return False
     word = re.split(r"[.,?!'\"]", paragraph.split()[0].lstrip("'").lstrip('"'), maxsplit=1)[0]
     return count == k["num_paragraphs"] and word.lower() == k["first_word"].lower()
@@ -458,32 +467,33 @@ def _nth_first_word(s: str, k: dict) -> bool:
 
 def _postscript(s: str, marker: str) -> bool:
     pattern = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}.get(marker)
-    return _find(pattern or marker.lower(), s) > 0
+    return _find(pattern or _regex(marker.lower()), s) > 0
 
 
 # IFEval as its authors score it: id -> verdict of (text, kwargs). Compared with official verdicts in tests/.
 COMPAT: dict[str, Callable[[Text, dict], bool]] = {
-    "keywords:existence": lambda t, k: all(_find(w, t.s) for w in k["keywords"]),
-    "keywords:frequency": lambda t, k: _relation(_find(k["keyword"].strip(), t.s), k["relation"], k["frequency"]),
-    "keywords:forbidden_words": lambda t, k: not any(_find(rf"\b{w}\b", t.s) for w in k["forbidden_words"]),
+    "keywords:existence": lambda t, k: all(_find(_regex(w), t.s) for w in k["keywords"]),
+    "keywords:frequency": lambda t, k: _relation(
+        _find(_regex(k["keyword"].strip()), t.s), k["relation"], k["frequency"]),
+    "keywords:forbidden_words": lambda t, k: not any(_find(rf"\b{_regex(w)}\b", t.s) for w in k["forbidden_words"]),
     "keywords:letter_frequency": lambda t, k: _relation(
         t.lower.count(k["letter"].lower()), k["let_relation"], k["let_frequency"]),
     "language:response_language": lambda t, k: t.language in (k["language"], None),
     "length_constraints:number_sentences": lambda t, k: _relation(
         len(t.punkt_sentences), k["relation"], k["num_sentences"]),
-    "length_constraints:number_paragraphs": lambda t, k: len(
-        _divided(t.s, r"\s?\*\*\*\s?") or []) == k["num_paragraphs"],
+    "length_constraints:number_paragraphs": lambda t, k: (
+        parts := _divided(t.s, r"\s?\*\*\*\s?")) is not None and len(parts) == k["num_paragraphs"],
     "length_constraints:number_words": lambda t, k: _relation(t.word_runs, k["relation"], k["num_words"]),
     "length_constraints:nth_paragraph_first_word": lambda t, k: _nth_first_word(t.s, k),
     "detectable_content:number_placeholders": lambda t, k: len(_spans(t.s, "[", "]")) >= k["num_placeholders"],
-    "detectable_content:postscript": lambda t, k: _postscript(t.lower, k["postscript_marker"]),
+    "detectable_content:postscript": lambda t, k: _postscript(t.lower, k["postscript_marker"].strip()),
     # a lone "*" swallows the line after it, as officially; [^\S\n] instead of \s keeps a page of blank lines linear
     "detectable_format:number_bullet_lists": lambda t, k: len(re.findall(r"(?m)^[^\S\n]*\*[^\*].*$", t.s)) + len(
         re.findall(r"(?m)^[^\S\n]*-", t.s)) == k["num_bullets"],
     "detectable_format:constrained_response": lambda t, k: re.search(r"My answer is (yes|no|maybe)\.", t.s) is not None,
     "detectable_format:number_highlighted_sections": lambda t, k: _highlights(t.s) >= k["num_highlights"],
     "detectable_format:multiple_sections": lambda t, k: len(
-        re.findall(rf"{k['section_spliter']}\s?\d", t.s)) >= k["num_sections"],
+        re.findall(rf"{_regex(k['section_spliter'].strip())}\s?\d", t.s)) >= k["num_sections"],
     "detectable_format:json_format": lambda t, k: _is_json(t.s),
     "detectable_format:title": lambda t, k: _has_title(t.s),
     "combination:two_responses": lambda t, k: _two_responses(t.s),
@@ -500,7 +510,7 @@ COMPAT: dict[str, Callable[[Text, dict], bool]] = {
 
 # The same requests, counted by script and judged as a careful reader would.
 
-NOT_CJK = f"[^\\W{HAN}{KANA}]"  # word characters that are set apart by spaces: only beside these has a word a boundary
+NOT_CJK = f"[^\\W_{HAN}{KANA}]"  # word characters that are set apart by spaces: only beside these has a word a boundary
 
 
 @lru_cache(maxsize=4096)
@@ -516,6 +526,7 @@ def _count(t: Text, word: str) -> int:
     return sum(1 for _ in _keyword(word).finditer(t.s))
 
 
+FULL_MARKS = "[，。！？；：、（）“”【】《》]"
 EDGE_MARKS = " \t\r\n*_#>~`\"'“”‘’「」『』"
 
 
@@ -539,7 +550,8 @@ def _placeholders(t: Text) -> int:
 
 
 def _has_postscript(t: Text, marker: str) -> bool:
-    pattern = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s[.:：]"}.get(marker) or re.escape(marker.lower())
+    pattern = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s[.:：]"}.get(marker) or re.escape(
+        unicodedata.normalize("NFKC", marker.strip().lower()))
     found = re.search(rf"(?<![\w.]){pattern}", unicodedata.normalize("NFKC", t.lower))
     return found is not None and WORD.search(found.string, found.end()) is not None
 
@@ -577,8 +589,8 @@ UNICODE: dict[str, Callable[[Text, dict], bool]] = COMPAT | {
     "keywords:forbidden_words": lambda t, k: not any(_count(t, w) for w in k["forbidden_words"]),
     "language:response_language": lambda t, k: _speaks(t, k["language"]),
     "length_constraints:number_sentences": lambda t, k: _relation(len(t.sentences), k["relation"], k["num_sentences"]),
-    "length_constraints:number_paragraphs": lambda t, k: len(
-        _divided(t.s, r"(?:^|(?<=\s))\*\*\*(?=\s|$)") or []) == k["num_paragraphs"],
+    "length_constraints:number_paragraphs": lambda t, k: (
+        parts := _divided(t.s, r"(?:^|(?<=\s))\*\*\*(?=\s|$)")) is not None and len(parts) == k["num_paragraphs"],
     "length_constraints:number_words": lambda t, k: _relation(len(t.words), k["relation"], k["num_words"]),
     "length_constraints:nth_paragraph_first_word": _nth_opens_with,
     "detectable_content:number_placeholders": lambda t, k: _placeholders(t) >= k["num_placeholders"],
@@ -592,8 +604,8 @@ UNICODE: dict[str, Callable[[Text, dict], bool]] = COMPAT | {
     "detectable_format:title": lambda t, k: _has_title(t.s) or any(map(str.strip, _spans(t.s, "《《", "》》"))),
     "combination:repeat_prompt": lambda t, k: " ".join(t.s.casefold().split()).startswith(
         " ".join(k["prompt_to_repeat"].casefold().split())),
-    "startend:end_checker": lambda t, k: t.s.rstrip(EDGE_MARKS).casefold().endswith(
-        k["end_phrase"].strip(EDGE_MARKS).casefold()),
+    "startend:end_checker": lambda t, k: (t.s.rstrip(EDGE_MARKS).casefold().endswith(phrase) if (
+        phrase := k["end_phrase"].strip(EDGE_MARKS).casefold()) else t.s.rstrip().endswith(k["end_phrase"].strip())),
     "startend:quotation": lambda t, k: _is_quoted(t.s),
     "change_case:english_capital": lambda t, k: t.s.isupper() and _is_english(t),
     "change_case:english_lowercase": lambda t, k: t.s.islower() and _is_english(t),
@@ -650,7 +662,7 @@ VOID_TAGS = frozenset("area base br col embed hr img input link meta source trac
 
 
 def _html_balanced(s: str) -> bool:
-    tags = [(name.lower(), slash == "") for slash, name, attributes in re.findall(r"<(/?)([A-Za-z][\w-]*)([^<>]*)>", s)
+    tags = [(name.lower(), slash == "") for slash, name, attributes in re.findall(r"<(/?)([A-Za-z][\w-]*+)([^<>]*)>", s)
             if name.lower() not in VOID_TAGS and not attributes.endswith("/")]
     return _closed(tags)
 
@@ -665,11 +677,16 @@ def _latex_balanced(s: str) -> bool:
         len(dollars) % 2 == 0) and (not tokens or _closed(tokens))
 
 
+def _sort_key(item: str) -> bytes:
+    """Alphabetical; common Chinese characters by pinyin, which is their order in GB 18030."""
+    return item.strip(EDGE_MARKS).casefold().encode("gb18030", "replace")
+
+
 def _table_shape(t: Text) -> tuple[int, int] | None:
     """(columns, body rows) of the first Markdown table, None without one or with ragged rows."""
     cells = [len(line.strip().strip("|").replace("\\|", "").split("|")) if "|" in line else 0 for line in t.prose_lines]
     for i in range(1, len(cells)):
-        if cells[i] and cells[i] == cells[i - 1] and re.fullmatch(r"[\s|:-]*--[\s|:-]*", t.prose_lines[i]):
+        if cells[i] and cells[i] == cells[i - 1] and "--" in (line := t.prose_lines[i]) and not line.strip("|:- \t"):
             end = next((j for j in range(i + 1, len(cells)) if not cells[j]), len(cells))
             return (cells[i], end - i - 1) if set(cells[i + 1: end]) <= {cells[i]} else None
     return None
@@ -728,8 +745,8 @@ COUNTS: dict[str, Callable[[Text], int]] = {
     "content:iso_dates": lambda t: _valid_dates(t.s),
     "content:questions": lambda t: sum(map(_asks, t.sentences)),
     "format:numbered_list": lambda t: len(n) if (n := [
-        int(m[1]) for line in t.prose_lines if (m := NUMBERED.match(line))]) == [*range(1, len(n) + 1)] else -1,
-    "format:checklist": lambda t: len(re.findall(r"(?m)^[ \t]*[-*+] \[[ xX]\] +\S", "\n".join(t.prose_lines))),
+        int(m[1]) for line in t.prose_lines if (m := NUMBERED.match(line))]) == [*range(1, len(n) + 1)] and n else -1,
+    "format:checklist": lambda t: len(re.findall(r"(?m)^[ \t]*[-*+] \[[ xX]\] +\S", "\n".join(t.prose_lines))) or -1,
 }
 # parts of the answer, none of which may have more than k["most"] words (sentences, for paragraphs)
 EACH: dict[str, Callable[[Text], list[int]]] = {
@@ -748,7 +765,7 @@ OWN: dict[str, Callable[[Text, dict], bool]] = {
     "keywords:any_of": lambda t, k: any(_count(t, w) for w in k["keywords"]),
     "keywords:first_word": lambda t, k: _opens_with(t.s, k["word"]),
     "keywords:last_word": lambda t, k: re.search(
-        _keyword(k["word"]).pattern + r"\W*\Z", t.s[-len(k["word"]) - 200:], re.IGNORECASE) is not None,
+        _keyword(k["word"]).pattern + r"[\W_]*\Z", t.s[-len(k["word"]) - 200:], re.IGNORECASE) is not None,
     "keywords:forbidden_letter": lambda t, k: k["letter"].casefold() not in t.s.casefold(),
     "content:no_digits": lambda t, k: not re.search(r"\d", t.s),
     "content:questions_only": lambda t, k: len(t.sentences) > 0 and all(map(_asks, t.sentences)),
@@ -756,7 +773,7 @@ OWN: dict[str, Callable[[Text, dict], bool]] = {
     "content:unique_sentence_starts": lambda t, k: len(t.sentences) == len(set(_starts(t))) > 1,
     "content:acrostic": lambda t, k: _initials(t) == [c.casefold() for c in k["word"] if not c.isspace()],
     "punctuation:no_exclamation": lambda t, k: not re.search("[!！]", t.s),
-    "punctuation:width": lambda t, k: bool(re.search("[，。！？；：]", t.s)) == (k["style"] == "full") and not (
+    "punctuation:width": lambda t, k: bool(re.search(FULL_MARKS, t.s)) == (k["style"] == "full") and not (
         k["style"] == "full" and re.search(f"(?<=[{HAN}{KANA}])[,.!?;:]", t.s)),
     "format:headings": lambda t, k: sum(
         len(m[1]) == k["level"] for line in t.prose_lines if (m := HEADING.match(line))) == k["number"],
@@ -773,7 +790,7 @@ OWN: dict[str, Callable[[Text, dict], bool]] = {
                                        for line in t.lines if re.search("[:：]", line)] == [
         w.strip().casefold() for w in k["keys"]],
     "format:sorted_items": lambda t, k: len(_items(t)) > 1 and (
-        found := [i.strip(EDGE_MARKS).casefold() for i in _items(t)]) == sorted(found),
+        found := [_sort_key(i) for i in _items(t)]) == sorted(found),
     "language:paragraphs": lambda t, k: len(t.paragraphs) == len(k["languages"]) and all(
         _speaks(text_of(p), code) for p, code in zip(t.paragraphs, k["languages"], strict=True)),
 }
@@ -782,7 +799,7 @@ CHECKS = UNICODE | OWN
 TYPES: dict[str, tuple[str, Callable]] = {
     "count": ("a whole number from 0", lambda v: type(v) in (int, float) and v >= 0 and v == v // 1),
     "text": ("a text", lambda v: isinstance(v, str) and v.strip() != ""),
-    "letter": ("one character", lambda v: isinstance(v, str) and len(v.strip()) == 1),
+    "letter": ("one character", lambda v: isinstance(v, str) and len(v) == 1 and not v.isspace()),
     "words": ("a list of words", lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(
         isinstance(w, str) and w.strip() for w in v)),
     "relation": ('"at least" or "less than"', lambda v: v in ("at least", "less than")),
@@ -800,7 +817,7 @@ def _rows() -> dict[str, dict]:
 
 def _arguments(constraint_id, kwargs) -> dict:
     """The checked arguments, nulls dropped. ValueError: unknown id; missing, unknown or wrong arguments."""
-    if constraint_id not in CHECKS:
+    if not isinstance(constraint_id, str) or constraint_id not in CHECKS:
         raise ValueError(f"unknown constraint id {constraint_id!r}")
     if not isinstance(kwargs, dict | None):
         raise ValueError(f"{constraint_id}: kwargs are not an object")
@@ -812,6 +829,8 @@ def _arguments(constraint_id, kwargs) -> dict:
             raise ValueError(f"{constraint_id}: argument {name!r} is missing; it is {expected}")
         if not accepts(given[name]):
             raise ValueError(f"{constraint_id}: argument {name!r} is {given[name]!r} but must be {expected}")
+        if kind == "count":
+            given[name] = int(given[name])  # IFEval writes 2.0
     if extra := given.keys() - wanted.keys():
         raise ValueError(f"{constraint_id}: takes no argument {sorted(extra)[0]!r}")
     return given
@@ -1296,9 +1315,9 @@ def _question(s: str) -> str:
 
 
 def _repair_width(s, k, rng):
-    full, half = "，。！？；：", [", ", ". ", "! ", "? ", "; ", ": "]
+    full, half = "，。！？；：、（）“”【】《》", [*(f"{mark} " for mark in ",.!?;:,"), *'()""[]""']
     if k["style"] == "half":
-        return re.sub("[，。！？；：]", lambda m: half[full.index(m[0])], s).replace(" \n", "\n").rstrip()
+        return re.sub(FULL_MARKS, lambda m: half[full.index(m[0])], s).replace(" \n", "\n").rstrip()
     return re.sub(f"(?<=[{HAN}{KANA}])[,.!?;:] ?", lambda m: full[",.!?;:".index(m[0][0])], s)
 
 
@@ -1361,8 +1380,8 @@ REPAIRS |= {
     "format:key_values": lambda s, k, rng: "\n".join(f"{key}: {_title(s)}" for key in k["keys"][:-1]) + (
         f"\n{k['keys'][-1]}: " + re.sub("[:：]", " –", _regroup(s, 1, lambda i, part: part, "") or "")),
     "format:sorted_items": lambda s, k, rng: "\n".join(f"* {i}" for i in sorted(
-        _items(text_of(s)), key=lambda i: i.strip(EDGE_MARKS).casefold())),
-    "language:paragraphs": lambda s, k, rng: f"{_regroup(s, 1, lambda i, part: part, '')}\n\n" + rng.choice(
+        _items(text_of(s)), key=_sort_key)),
+    "language:paragraphs": lambda s, k, rng: f"{_regroup(s, 1, lambda i, part: part, '') or s}\n\n" + rng.choice(
         _phrases()["zh" if k["languages"][-1].startswith("zh") else "en"]["other"]),
 }
 
@@ -1421,7 +1440,7 @@ SAMPLERS |= {
     "punctuation:width": lambda rng, t, prompt: {
         "style": "half" if re.search("[，。！？；：]", t.s) else "full"} if CJK.search(t.s) else None,
     "format:headings": lambda rng, t, prompt: {
-        "number": rng.randint(1, min(3, len(t.sentences))), "level": rng.randint(1, 3)},
+        "number": rng.randint(1, min(3, n)), "level": rng.randint(1, 3)} if (n := len(t.sentences)) else None,
     "format:table": lambda rng, t, prompt: {"columns": 2, "rows": rng.randint(2, min(4, n))} if (
         n := len(t.sentences)) > 1 else None,
     "format:code_block": lambda rng, t, prompt: {"tag": rng.choice(["text", "markdown", "plain"])},
@@ -1506,11 +1525,12 @@ def _fill(templates: list[str], kwargs: dict, language: str, variant: int) -> st
             value = _join([LANGUAGE_NAMES.get(code, f"{code} {code}").split()[zh] for code in codes], zh)
         elif isinstance(value, list | tuple):
             value = _join([f"“{v}”" if zh else f'"{v}"' for v in value], zh)
-        elif zh and isinstance(value, str):
-            value = VALUES_ZH.get(value, value)
+        elif zh and (name.endswith("relation") or name == "style"):
+            value = VALUES_ZH[value]
         shown[name] = value
-    text = templates[variant % len(templates)].format(**shown)
-    return ONE.sub(lambda m: f"1 {m[1]}", text)
+    counts = {name: value if isinstance(value, int) else f"{{{name}}}" for name, value in shown.items()}
+    text = ONE.sub(lambda m: f"1 {m[1]}", templates[variant % len(templates)].format(**counts))  # not in what is quoted
+    return re.sub(r"\{(\w+)\}", lambda m: str(shown.get(m[1], m[0])), text)
 
 
 ONE = re.compile(r"\b1 ((?:[a-zA-Z]+ )?(?:word|sentence|paragraph|time|point|part|section|placeholder|phrase|line|"
@@ -1563,6 +1583,9 @@ class MathWorker:
             return self.process.stdout.readline().strip()
         except BrokenPipeError:
             return ""
+        except BaseException:  # interrupted: its reply would be taken for that of the next question
+            self.process.kill()
+            raise
         finally:
             timer.cancel()
 
@@ -1575,7 +1598,7 @@ class MathWorker:
                 if self._exchange(json.dumps(["1", "1"]), 120.0) != "true":  # loading sympy does not count
                     raise RuntimeError("the math-verify worker does not start; check `python -c 'import math_verify'`")
             reply = self._exchange(json.dumps([gold, answer]), self.deadline)
-            if not reply:  # killed at the deadline, or sympy brought it down
+            if reply not in ("true", "false"):  # killed at the deadline, or sympy brought it down
                 self.process.kill()
                 self.process.wait()
             return reply == "true"
@@ -1589,9 +1612,9 @@ def math_reward(text: str, gold: str) -> float:
     answer = last_boxed(text)
     if answer is None:
         return -2.0
-    plain = re.sub(r"\s+", "", answer)
+    plain = " ".join(answer.split())
     correct = bool(plain) and len(plain) <= 1000 and (
-        plain == re.sub(r"\s+", "", last_boxed(gold) or gold) or MATH_WORKER.same(last_boxed(gold) or gold, answer))
+        plain == " ".join((last_boxed(gold) or gold).split()) or MATH_WORKER.same(last_boxed(gold) or gold, answer))
     return 2.0 if correct else -1.5
 
 
@@ -1599,6 +1622,8 @@ def _math_worker_main() -> None:
     """The worker: reads [gold, answer] lines, writes true or false. `python rewards.py` is this."""
     from math_verify import parse, verify
 
+    for number in (signal.SIGINT, signal.SIGTERM):  # the trainer's: it finishes its step, and this ends with its pipe
+        signal.signal(number, signal.SIG_IGN)
     for line in sys.stdin:
         gold, answer = (parse(f"\\boxed{{{s}}}", parsing_timeout=None) for s in json.loads(line))
         print(json.dumps(bool(gold and answer and verify(gold, answer, timeout_seconds=None))), flush=True)
@@ -1668,11 +1693,11 @@ class LocalJudge:
         return prompts
 
     def __call__(self, items) -> list[bool]:
-        groups = defaultdict(list)  # (instruction, answer) -> positions of its questions
-        for i, (instruction, answer, _) in enumerate(items):
-            groups[instruction, answer].append(i)
+        groups = defaultdict(list)  # (instruction, answer, language) -> positions of its questions
+        for i, (instruction, answer, question) in enumerate(items):
+            groups[instruction, answer, _is_zh(question)].append(i)
         jobs = []  # (shared prefix, positions, what follows the prefix for each)
-        for (instruction, answer), positions in groups.items():
+        for (instruction, answer, _), positions in groups.items():
             prompts = self._fit(instruction, answer, [items[i][2] for i in positions])
             shared = min(map(len, prompts)) - 1
             shared = next((n for n in range(shared) if len({p[n] for p in prompts}) > 1), shared)
@@ -1747,7 +1772,7 @@ def read_verdict(completion) -> bool | None:
                for reply in (("yes", "是"), ("no", "否")))
     if yes is not None and no is not None:
         return yes > no
-    text = (completion.text or "").rpartition("</think>")[2].lower()
+    text = (completion.text or "").rpartition("</think>")[2].lower().replace("是否", "")  # "whether" is no answer
     words = re.findall(r"\b(?:yes|no)\b|不是|[是否]", text)
     if re.match(r"\W*(?:yes|no|是|否|不是)(?![a-z])", text):
         words = words[:1]  # a reply that opens with the verdict may go on to explain it
@@ -1856,7 +1881,7 @@ def score(records, completions, *, judge=None, family="cold", direct=False, mode
                 verdict = all(holds[j] for j in c.get("depends_on", ()))  # transitive: those carry their own
                 if valid and c.get("active", True):
                     verdict &= bool(next(judged)) if c["kind"] == "judge" else check(
-                        c["id"], c["kwargs"], parsed.answer, prompt=prompt, mode=mode)
+                        c["id"], c.get("kwargs"), parsed.answer, prompt=prompt, mode=mode)
                 holds.append(verdict)
             failed = not valid or (apply_guards and raised)
             verdicts = [hold and not failed for hold, c in zip(holds, record["constraints"], strict=True)

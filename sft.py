@@ -12,7 +12,6 @@ import random
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -54,11 +53,8 @@ PRESETS = {
 
 
 def load_examples(cfg: Config, tokenizer):
-    """(train, validation) lists of (token ids, response start); the split depends on the seed and record ids alone."""
-    path = Path(cfg.records)
-    if not path.exists() and cfg.records == Config.records:
-        path = m.data_dir / "train.jsonl"
-        print(f"{cfg.records} is not there (run python evolve.py): using the sample data/{path.name}", file=sys.stderr)
+    """(train, validation) lists of (token ids, response start); the split depends on the seed and the file."""
+    path = m.records_path(cfg.records, Config.records)
     records = [record for record in read_records(path) if record.get("expert")]
     if not records:
         raise InputError(f"{path}: no record has the field 'expert'; nothing to clone: run python evolve.py, or give "

@@ -475,11 +475,10 @@ def test_all_seven_end_to_end_killed_and_resumed(fakes, capsys):
     assert Path("runs/benchmarks/benchmarks.png").exists()
 
     # The stored replies score the stored answers again, without a model.
-    stored = [json.loads(line) for line in Path("runs/benchmarks/complexbench/rows/CoT.jsonl").read_text().splitlines()]
-    Path("r.jsonl").write_text("".join(json.dumps({"id": r["id"], "response": r["answer"]}) + "\n" for r in stored))
     capsys.readouterr()
-    evaluate.main(["--score", "complexbench", "--benchmark-dir", str(OWN), "--responses", "r.jsonl",
-                   "--judgements", "runs/benchmarks/complexbench/judgements/CoT.jsonl"])
+    run = "runs/benchmarks/complexbench"
+    evaluate.main(["--score", "complexbench", "--benchmark-dir", str(OWN), "--responses", f"{run}/rows/CoT.jsonl",
+                   "--judgements", f"{run}/judgements/CoT - judge.jsonl"])
     assert json.loads(capsys.readouterr().out)["drfr"] == cells["complexbench"]["drfr"]
 
 
@@ -504,13 +503,14 @@ def test_methods_sc_sr_od_and_thought_model(fakes):
 
 
 def test_served_model_and_served_judge(fakes, monkeypatch):
-    talks = []
+    talks, json_mode = [], []
 
     class Served:
         def __init__(self, url, name, **_):
             self.name = name
 
-        def chat(self, conversations, *, n, max_tokens, temperature, seed):
+        def chat(self, conversations, *, n, max_tokens, temperature, seed, **more):
+            json_mode.append(more)
             talks.extend((self.name, messages) for messages in conversations)
             text = "yes" if self.name == "judge" else "<think>a b</think>three more words"
             return [[Completion([], text, "stop", None)] for _ in conversations]
@@ -566,7 +566,7 @@ def test_tables_of_the_paper(tmp_path, capsys):
     for label in ("I/O", "Ours"):
         folder = tmp_path / label.replace("/", "-")
         folder.mkdir()
-        report = {"settings": {"base_model": "Qwen/Qwen2.5-7B-Instruct"},
+        report = {"protocol": "raif", "settings": {"base_model": "Qwen/Qwen2.5-7B-Instruct"},
                   "benchmarks": {name: {label: cell} for name in [*ALL.split(","), "ifbench"]}}
         (folder / "report.json").write_text(json.dumps(report))
     said = {}
@@ -581,5 +581,6 @@ def test_tables_of_the_paper(tmp_path, capsys):
     assert "| math 1, complex 1, SupCoT, BC | – (70.06) |" in said["ablation"]
     assert "| Ours | 50.00 [" in said["ablation"]
     assert "| Qwen2.5-7B-Instruct | Ours | 20.00 (29.82, -9.82) [10.0, 30.0] | 30.00 (30.76" in said["5"]
-    with pytest.raises(InputError, match="--table 9"):
-        evaluate.main(["--table", "9", "--runs", str(tmp_path / "Ours")])
+    (tmp_path / "Ours" / "report.json").write_text(json.dumps(report | {"protocol": "official"}))
+    with pytest.raises(InputError, match="--protocol raif"):
+        evaluate.main(["--table", "1", "--runs", str(tmp_path / "Ours")])

@@ -120,6 +120,15 @@ def test_wrong_arguments_are_errors(kind, kwargs, mode):
         check(kind, kwargs, "Some text.", mode=mode)
 
 
+def test_wordings_leave_what_they_quote_alone():
+    kwargs = {"prompt_to_repeat": "Summarize chapter 1 key points."}
+    assert all(kwargs["prompt_to_repeat"] in rewards.render("combination:repeat_prompt", kwargs, "en", v)
+               for v in range(3))
+    kwargs = {"keyword": "full", "frequency": 1, "relation": "at least"}
+    assert "full" in rewards.render("keywords:frequency", kwargs, "zh", 0)
+    assert "1 times" not in rewards.render("keywords:frequency", kwargs, "en", 0)
+
+
 def test_null_arguments_count_as_absent():
     kwargs = {"num_words": 2, "relation": "at least", "keywords": None, "letter": None}
     assert check("length_constraints:number_words", kwargs, "warm tea")
@@ -177,6 +186,16 @@ SCRIPTS = [  # kind, kwargs, text, compat verdict, unicode verdict
     ("language:response_language", {"language": "zh-cn"}, "我今天喝了 tea。", False, True),
     ("change_case:english_lowercase", {}, "i like warm tea in the morning.", True, True),
     ("detectable_content:postscript", {"postscript_marker": "P.S."}, "P.S.", True, False),
+    ("detectable_content:postscript", {"postscript_marker": "附："}, "茶很香。\n\n附：记得加水。", True, True),
+    ("keywords:existence", {"keywords": ["tea"]}, "I like _tea_.", True, True),
+    ("keywords:forbidden_words", {"forbidden_words": ["(sic"]}, "He wrote (sic here", True, False),
+    ("startend:end_checker", {"end_phrase": "~~~"}, "Tea.", False, False),
+    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2.0, "nth_paragraph": 2.0, "first_word": "add"},
+     "Boil the water.\n\nAdd the tea.", True, True),
+    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 0, "first_word": "add"},
+     "Boil the water.\n\nAdd the tea.", False, False),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 0}, "a *** *** b", False, False),
+    ("detectable_format:multiple_sections", {"section_spliter": " Part (", "num_sections": 1}, "Part (1", True, True),
 ]
 
 
@@ -201,6 +220,12 @@ OWN_CASES = [
     ("language:paragraphs", {"languages": ["zh", "en"]}, "我喜欢喝茶。\n\nI like to drink tea with my friends.",
      "I like to drink tea with my friends.\n\n我喜欢喝茶。"),
     ("length:words_per_item", {"most": 2}, "1. warm tea\n2. water", "1. very warm tea"),
+    ("format:numbered_list", {"number": 2, "relation": "exactly"}, "1.绿茶\n2、 红茶", "1.5 cups\n2.5 cups"),
+    ("format:numbered_list", {"number": 3, "relation": "at most"}, "1. tea", "Tea is warm."),
+    ("format:checklist", {"number": 3, "relation": "less than"}, "- [ ] tea", "Tea is warm."),
+    ("format:sorted_items", {}, "* 茶\n* 水", "* 水\n* 茶"),
+    ("punctuation:width", {"style": "half"}, "绿茶 (很香), 红茶", "绿茶（很香）、红茶"),
+    ("keywords:last_word", {"word": "tea"}, "I like _tea_.", "tea, I like"),
     ("format:headings", {"number": 2, "level": 2}, "## 茶\n## 水\n# 饮", "```\n## a\n## b\n```"),
 ]
 
@@ -247,7 +272,7 @@ def test_language_detection_equals_langdetect():
 
 BAIT = ["[", "(", "*", "**", "<<", "<a>", "{", "\\begin{a}", '"', "***", "a. ", "A.B. ", "?!", "\n", " \n", "p. s. ",
         "Section 1 ", "|", "| a ", "- ", "1. ", "```\n", "茶", "茶。", "$", "\\", ",", "2024-01-01 ", "a:", "#",
-        "# a\n", "😀", "\ud800", "\x00", "a" * 60 + "@"]
+        "# a\n", "😀", "\ud800", "\x00", "a" * 60 + "@", "<" + "a" * 25_000, "a|\n" + "-" * 25_000 + "x|"]
 
 
 def check_everything(text, limit):

@@ -12,7 +12,7 @@ import torch
 import evaluate
 import rewards
 from evaluate import Config, answer_text, bootstrap, main, repetition, score_item, spread, summarise
-from model import Completion, Prompt, device
+from model import Completion, Prompt, device, read_jsonl
 from rewards import InputError
 
 
@@ -261,12 +261,17 @@ def test_retrained_model_is_answered_anew(fakes, tmp_path):
     assert len(fakes["./m"].asked) == 60
 
 
-def test_rows_of_another_file_or_limit_stay_out_of_the_table(fakes, tmp_path, capsys):
+def test_a_quick_look_takes_nothing_from_a_long_row(fakes, tmp_path, capsys):
     main([*FLAGS, "--method", "io"])
     main([*FLAGS, "--method", "cot", "--limit", "6"])
     report = json.loads((tmp_path / "runs/evaluate/report.json").read_text())
-    assert list(report["rows"]) == ["CoT"] and report["n"] == 6
-    assert "row I/O is left out of the report: other limit" in capsys.readouterr().out
+    assert list(report["rows"]) == ["I/O", "CoT"] and report["n"] == 6
+    asked = sum(len(engine.asked) for engine in fakes.values())
+    main([*FLAGS, "--method", "io"])  # all of its answers are still there; the other row lacks some
+    assert sum(len(engine.asked) for engine in fakes.values()) == asked
+    assert "row CoT is left out of the report: 24 of 30 prompts unanswered" in capsys.readouterr().out
+    main([*FLAGS, "--method", "io", "--max-new-tokens", "9", "--label", "Short"])
+    assert "row I/O is left out of the report: other max_new_tokens" in capsys.readouterr().out
 
 
 def test_a_label_belongs_to_one_model_and_method(fakes, tmp_path):
@@ -280,15 +285,33 @@ def test_a_label_belongs_to_one_model_and_method(fakes, tmp_path):
 def test_bad_input_is_named_with_its_remedy(fakes, tmp_path):
     with pytest.raises(InputError, match=r"runs/sft/model: .*python sft.py first"):
         main(FLAGS)
-    with pytest.raises(InputError, match="--method nope"):
+    with pytest.raises(SystemExit):
         main([*FLAGS, "--method", "nope"])
     judge = {"kind": "judge", "question": "Formal?", "text": "Be formal.", "depends_on": [], "active": True}
     write(tmp_path / "judge.jsonl", [record("j", [TEA]) | {"constraints": [judge]}])
-    with pytest.raises(InputError, match="judge.jsonl:1: field 'constraints.0.': judged"):
+    with pytest.raises(InputError, match="judge.jsonl:1: field 'constraints': judged"):
         main(["--benchmarks", "judge.jsonl", "--method", "io"])
     write(tmp_path / "twice.jsonl", [record("j", [TEA])] * 2)
     with pytest.raises(InputError, match="field 'id'"):
         main(["--benchmarks", "twice.jsonl", "--method", "io"])
+
+
+def test_judged_constraints_of_a_record_file_are_asked(fakes, tmp_path, monkeypatch):
+    questions = [{"kind": "judge", "question": q, "text": q, "depends_on": [], "active": True}
+                 for q in ("Formal?", "Kind?")]
+    item = record("r1", [TEA])
+    write(tmp_path / "judge.jsonl", [item | {"constraints": [questions[0], *item["constraints"], questions[1]]}])
+    asked = []
+
+    def judge(items):
+        asked.extend(items)
+        return [question == "Kind?" for _, _, question in items]
+
+    monkeypatch.setattr(evaluate, "make_judge", lambda *args, **more: judge)
+    main(["--benchmarks", "judge.jsonl", "--method", "io", "--judge", "some", "--perplexity-items", "0"])
+    row = read_jsonl(tmp_path / "runs/evaluate/rows/I-O.jsonl")[0]
+    assert row["kinds"][0] == row["kinds"][-1] == "judge" and row["strict"][0] is False and row["strict"][-1] is True
+    assert [question for _, _, question in asked] == ["Formal?", "Kind?"] and asked[0][1] == row["answer"]
 
 
 def test_summary_without_ood_has_an_empty_split():

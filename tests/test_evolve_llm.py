@@ -352,8 +352,8 @@ def test_each_filter_drops_its_fault_by_code_or_by_the_model(name, tmp_path):
     mixed = planted("Tell me about tea.", "Sip 茶 with honey on every cold day.", [code("punctuation:no_comma")])
     assert evolve.apply_filters([mixed], asks(answer), tmp_path, funnel) == []
     assert funnel[f"filter: {name}"]["found by the model"] == 1
-    rubric = evolve.fill_prompt(f"filter_{name}")
-    assert rubric.startswith("Fault: ") and len({evolve.fill_prompt(f"filter_{n}") for n in evolve.FILTERS}) == 7
+    rubric = evolve.prompt_text(f"filter_{name}")
+    assert rubric.startswith("Fault: ") and len({evolve.prompt_text(f"filter_{n}") for n in evolve.FILTERS}) == 7
 
 
 def test_sets_in_the_conflict_table_are_contradictions():

@@ -173,7 +173,7 @@ def test_variants_and_guards():
 @pytest.mark.parametrize("text,gold,value", [
     (r"so \boxed{0.5}", "1/2", 2.0), (r"\boxed{\frac{1}{2}}", "0.5", 2.0), (r"\boxed{41} no, \boxed{42}", "42", 2.0),
     (r"\boxed{42} no, \boxed{41}", "42", -1.5), ("42", "42", -2.0), (r"\boxed{42", "42", -2.0),
-    (r"\boxed{}", "42", -1.5),
+    (r"\boxed{}", "42", -1.5), (r"\boxed{1 1/2}", "11/2", -1.5), (r"\boxed{ x + 1 }", "x+1", 2.0),
     (r"\boxed{1,000}", "1000", 2.0), (r"\boxed{\{1,2\}}", r"\{2,1\}", 2.0), (r"\boxed{x^2+2x+1}", "(x+1)^2", 2.0),
     (r"<think>\boxed{42}</think> no tags needed", "42", 2.0), (r"\boxed{\text{Monday}}", "Monday", 2.0),
 ])
@@ -314,6 +314,8 @@ def test_endpoint_judge():
     top = [{" Yes": -0.1, "No": -2.0, "yes": -5.0}]
     assert rewards.read_verdict(SimpleNamespace(text="No", top_logprobs=top)) is True
     assert rewards.read_verdict(SimpleNamespace(text="No", top_logprobs=[{"maybe": -1.0}])) is False
+    said = {"是否符合要求：否": False, "是否满足？不满足": None, "是否提到茶？是": True}
+    assert {text: rewards.read_verdict(SimpleNamespace(text=text)) for text in said} == said
 
 
 def test_judge_prompt_keeps_braces_apart():

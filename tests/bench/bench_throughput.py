@@ -128,10 +128,7 @@ def main():
 
 
 def growth(policy, reference, optimizer, cfg, dtype, args):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = m.pyplot()
 
     def best(group, tokens):
         rows = rows_for(args.prompts, group, args.prompt_tokens, tokens)
