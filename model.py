@@ -507,7 +507,7 @@ def packed_logprobs(model, packs, *, temperature=1.0, chunk=1024):
     index = []  # per response token: pack, column that predicts it, response number, place in the response
     targets, response = [], 0
     for b, (n, pack) in enumerate(zip(shared, packs, strict=True)):
-        ids_BT[b, :n] = torch.tensor(pack[0][0][:n])
+        ids_BT[b, :n] = torch.tensor(next(ids[:n] for ids, _ in pack))
         segment_BT[b, :n] = 0
         position_BT[b, :n] = torch.arange(n)
         column = n
