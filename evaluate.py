@@ -1527,6 +1527,8 @@ def add_perplexity(cfg, records, rows):
 def prepare(names, folder, opener=urllib.request.urlopen):
     """Download the authors' files of the benchmarks, print their licence, check SHA-256 where it is known and rows."""
     sources = json.loads((data_dir / "benchmarks" / "sources.json").read_text(encoding="utf-8"))
+    if unknown := [name for name in names if name not in sources]:
+        raise InputError(f"--prepare --benchmarks {unknown[0]}: unknown; give some of {', '.join(sources)}")
     for name in names or sources:
         print(f"{name}: licence {sources[name]['licence']}")
         for path, (address, sha) in sources[name]["files"].items():
@@ -1541,7 +1543,11 @@ def prepare(names, folder, opener=urllib.request.urlopen):
                 raise InputError(f"{address}: SHA-256 {own}, expected {sha}: another version; compare it before use")
             write_atomic(folder / path, content)
             print(f"  {folder / path}: {len(content)} bytes, SHA-256 {own}{'' if sha else ' (none to compare with)'}")
-        print(f"  {len(BENCHMARKS[name].load(folder))} items")
+        items = len(BENCHMARKS[name].load(folder))
+        if items != sources[name]["items"]:
+            raise InputError(f"{folder / name}: {items} items, {sources[name]['items']} expected; a cut file, or "
+                             "another version")
+        print(f"  {items} items")
 
 
 def local_chat(name, load):

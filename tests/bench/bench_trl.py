@@ -4,6 +4,7 @@
     python tests/bench/bench_trl.py                  interleaved: after each of TRL's steps one of ours
     python tests/bench/bench_trl.py --mixed          responses of 24 to 96 tokens instead of 96 each
     python tests/bench/bench_trl.py --only ours      (or trl) alone, for the peak memory of the process
+    python tests/bench/bench_trl.py --only trl --plain    TRL as it comes: both sides above have our memory settings
 
 SmolLM2-135M, float32 weights, bf16 arithmetic where the processor has it, KL 0.001 with a reference pass, one update,
 4 prompts × 8 responses, micro-batches of 8 rows (ours: 1024 tokens). Before the first step both compute the gradient of
@@ -134,9 +135,11 @@ def main():
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--mixed", action="store_true")
     parser.add_argument("--only", choices=["ours", "trl"])
+    parser.add_argument("--plain", action="store_true", help="without our settings of glibc and oneDNN")
     parser.add_argument("--out", default="runs/bench-trl")
     args = parser.parse_args()
-    m.keep_freed_memory()
+    if not args.plain:
+        m.keep_freed_memory()
     model, tokenizer = m.load_model("smollm2-135m")
     texts = [f"Write a short note about {topic} for a friend who has never heard of it, and be kind and brief in it."
              for topic in ("green tea", "a small garden", "night trains", "old radios")]
@@ -154,7 +157,8 @@ def main():
         report["trl"] = summary(trainer.times, tokens)
         if ours:
             gradient = our_gradient(start, trainer.first_batch[0])
-            report["cosine of first gradient"] = torch.cosine_similarity(gradient, trainer.first_gradient, dim=0).item()
+            report["cosine of first gradient"] = torch.cosine_similarity(
+                gradient.double(), trainer.first_gradient.double(), dim=0).item()
     if ours:
         report["ours"] = summary(ours.times, tokens)
     if len(report) == 3:
