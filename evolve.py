@@ -342,7 +342,9 @@ def tag(seeds: list[dict], ask, counts: Counter) -> list[dict]:
     else:
         named = [(t, a, words) for t, abilities in topics.items() for a, words in abilities.items()]
         found = [
-            next(((t, a) for t, a, words in named if any(w in seed["text"].lower() for w in words)), ("", "other"))
+            next(((t, a) for t, a, words in named  # words begin where a word begins, in the instruction itself
+                  if any(re.search(f"(?<![a-z]){w}", seed["text"].partition("\n\n")[0].lower()) for w in words)),
+                 ("", "other"))
             for seed in untagged
         ]
     tags = {seed["id"]: pair for seed, pair in zip(untagged, found, strict=True)}
@@ -470,6 +472,8 @@ def draw_constraints(rng, seed: dict, kinds, first, tried: Counter, cfg: Config,
         for kind in sorted(pool, key=lambda kind: tried[kind] + 3 * rng.random()):
             if kind == "length_constraints:number_sentences" and "sentence" in seed["text"]:
                 continue  # the request itself says how many
+            if "<" in seed["text"] and re.search("case|xml|html", kind):
+                continue  # it asks for <tags> as they are
             if len(chosen) < count and rewards.compatible([kind, *(other for other, _ in chosen)]):
                 tried[kind] += 1
                 kwargs = draw_kwargs(rng, kind, seed, cfg.keep_easy)
@@ -533,8 +537,9 @@ def merge(rng, seed: dict, sentences: list[str]) -> str:
     flow = [lead_in(rng, joints["first"] if i == 0 else joints["more"], s) for i, s in enumerate(sentences)]
     if request in sentences[-1]:  # "repeat this before you answer: …" holds the request itself
         return space.join(flow)
-    # A request that ends in material to work on ("…: text", "…? text"): constraints must not run into it.
-    quoted = re.search("[:：]|[?.!] ." if "understanding" in seed.get("topic", "") else "[:：]", request)
+    # A request that ends in material to work on ("…: text", "…? text", lines): constraints must not run into it.
+    quoted = re.search("[:：\n]|[?.!] ." if "understanding" in seed.get("topic", "") else "[:：\n]", request) or (
+        not re.search("[.!?。！？][\"'”’)）」』]*$", request))
     shapes = ["bullets"] if quoted and len(sentences) > 1 else []
     shapes += ["before", "before"] if quoted else ["after", "after", "after", "before"]
     if len(sentences) > 1 and not any(re.search(r"[.!?。！？:：;；\n].", s.strip("\"'")) for s in sentences):

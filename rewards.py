@@ -1528,8 +1528,10 @@ def _fill(templates: list[str], kwargs: dict, language: str, variant: int) -> st
         elif zh and (name.endswith("relation") or name == "style"):
             value = VALUES_ZH[value]
         shown[name] = value
+    words = r"keyword|word|first|second|first_word"  # single words stand in quotes, as lists of them do
+    template = re.sub(rf'["“]?{{({words})}}["”]?', "“{\\1}”" if zh else '"{\\1}"', templates[variant % len(templates)])
     counts = {name: value if isinstance(value, int) else f"{{{name}}}" for name, value in shown.items()}
-    text = ONE.sub(lambda m: f"1 {m[1]}", templates[variant % len(templates)].format(**counts))  # not in what is quoted
+    text = ONE.sub(lambda m: f"1 {m[1]}", template.format(**counts))  # not in what is quoted
     return re.sub(r"\{(\w+)\}", lambda m: str(shown.get(m[1], m[0])), text)
 
 

@@ -99,7 +99,8 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--growth", default="", help="PNG of time against length and group size")
     args = parser.parse_args()
-    m.keep_freed_memory()
+    if not args.growth:
+        m.keep_freed_memory()
     dtype, on_gpu = m.compute_dtype("auto"), torch.cuda.is_available()
     policy, reference = build(args.shape), build(args.shape).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
@@ -134,9 +135,8 @@ def growth(policy, reference, optimizer, cfg, dtype, args):
         rows = rows_for(args.prompts, group, args.prompt_tokens, tokens)
         return min(update(policy, reference, optimizer, rows, cfg, dtype) for _ in range(args.repeats))
 
-    lengths, groups = [32, 64, 128, 256, 512], [2, 4, 8, 16]
-    by_length, by_group = [best(4, n) for n in lengths], [best(n, 96) for n in groups]
-    # The head alone: memory of one forward and backward over N positions beyond hidden states and their gradient.
+    # The head alone: memory of one forward and backward over N positions beyond hidden states and their gradient;
+    # measured first, while freed blocks still go back to the system at once.
     head, extra = policy.get_output_embeddings(), []
     positions = [256, 1024, 4096]
     for n in positions:
@@ -146,6 +146,9 @@ def growth(policy, reference, optimizer, cfg, dtype, args):
             m._head_logprobs(head, hidden_ND, target_N, 1.0, 256).sum().backward()
         optimizer.zero_grad(set_to_none=True)
         extra.append((peak.most - hidden_ND.grad.nbytes) / 2**20)
+    m.keep_freed_memory()
+    lengths, groups = [32, 64, 128, 256, 512], [2, 4, 8, 16]
+    by_length, by_group = [best(4, n) for n in lengths], [best(n, 96) for n in groups]
     fig, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
     for ax, x, y, title in ((axes[0], lengths, by_length, "update, s; response tokens"),
                             (axes[1], groups, by_group, "update, s; group size"),
