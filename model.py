@@ -345,8 +345,8 @@ def write_model(model, tokenizer, folder: Path) -> None:
     if dist.is_initialized() and dist.get_rank():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch, earlier = (Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".", suffix=suffix))
-                        for suffix in (".tmp", ".earlier"))
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".", suffix=".tmp"))
+    earlier = Path(f"{scratch}.earlier")
     implementation = model.config._attn_implementation
     try:
         model.config._attn_implementation = "sdpa"
@@ -359,7 +359,7 @@ def write_model(model, tokenizer, folder: Path) -> None:
         if folder.exists():
             os.replace(folder, earlier)  # aside, as removing takes time: a kill then leaves no half a folder
         os.replace(scratch, folder)
-        shutil.rmtree(earlier)
+        shutil.rmtree(earlier, ignore_errors=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -926,7 +926,7 @@ class VllmEngine:
                              f"{', '.join(unfilled) or 'none by name'}; check that this vllm supports the model")
 
     def generate(self, prompts, *, n=1, max_tokens, temperature=1.0, stop=(), seeds, progress=None):
-        """See Engine.generate. The draws are vllm's own; the same seeds give the same rollouts on one machine."""
+        """See Engine.generate. The draws are vllm's own: other numbers than Engine's from the same seeds."""
         from vllm import SamplingParams
 
         if not self.pushed:

@@ -123,7 +123,7 @@ def validate_record(record) -> None:
             try:
                 _arguments(c.get("id"), c["kwargs"])
             except ValueError as error:
-                field = "kwargs" if c.get("id") in [*CHECKS] else "id"
+                field = "kwargs" if c.get("id") in [*CHECKS] else "id"  # a list: the id may be unhashable
                 raise InputError(f"field '{name}.{field}': {error}; see data/constraints.jsonl for the kinds") from None
         depends = c.setdefault("depends_on", [])
         need(isinstance(depends, list) and all(type(j) is int and 0 <= j < i for j in depends), f"{name}.depends_on",
