@@ -48,7 +48,7 @@ class Config:
     reward: Literal["raif", "fraction", "all", "rules_x_judge"] = "raif"  # accuracy part: see rewards.VARIANTS
     code_only: bool = False  # leave out judge constraints, and records that have no others
     # the scale: a laptop's values
-    steps: int = 32  # rollout batches
+    steps: int = 30  # rollout batches
     prompts: int = 4  # P, prompts a rollout batch, over all processes
     group: int = 6  # G, reasoning rollouts a prompt (math prompts get group + direct of them)
     direct: int = 2  # H, no-reasoning rollouts an instruction prompt

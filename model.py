@@ -724,7 +724,8 @@ class Engine:
             attention_mask=mask_PL.long(),
             position_ids=(mask_PL.long().cumsum(1) - 1).clamp(min=0),
             past_key_values=cache,
-            logits_to_keep=1,
+            # An index, not the number 1: from a slice matmul would copy the head's weights once per prompt.
+            logits_to_keep=torch.tensor([-1], device=where),
         ).logits[:, -1]
 
         # From here on B = sum(copies) rows; `alive` names the rollout each row of the shrinking batch belongs to.
@@ -1116,6 +1117,9 @@ def open_run(folder: str | Path, config, *, resume: bool = False) -> Path:
     folder, model = Path(folder), getattr(config, "model", "")
     if not resume and Path(model).resolve().is_relative_to(folder.resolve()) and Path(model).exists():
         raise InputError(f"--model {model}: lies in --out {folder}, which a new run moves aside; give another --out")
+    for name in ("keep", "save_every"):
+        if getattr(config, name, 1) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
     rank = dist.get_rank() if dist.is_initialized() else 0
     if rank == 0:
         if (folder / "config.json").exists() and not resume:

@@ -1732,14 +1732,15 @@ class LocalJudge:
             ids_GT, mask_GT = padded([prefix for prefix, *_ in batch])
             position_GT = (mask_GT.cumsum(1) - 1).clamp(min=0)
             cache = self.model(input_ids=ids_GT, attention_mask=mask_GT, position_ids=position_GT, use_cache=True,
-                               logits_to_keep=1).past_key_values
+                               logits_to_keep=torch.tensor([-1])).past_key_values
             home_R = torch.tensor(home, device=self.model.device)
             cache.reorder_cache(home_R)
             ids_RT, mask_RT = padded(tails)
             mask_RS = torch.cat([mask_GT[home_R], mask_RT], dim=1)
             position_RT = (mask_RS.cumsum(1) - 1).clamp(min=0)[:, -ids_RT.shape[1]:]
             logits_RKV = self.model(input_ids=ids_RT, attention_mask=mask_RS, position_ids=position_RT,
-                                    past_key_values=cache, logits_to_keep=max(map(len, self.replies))).logits
+                                    past_key_values=cache,
+                                    logits_to_keep=torch.arange(-max(map(len, self.replies)), 0)).logits
             logp_RKV = logits_RKV.float().log_softmax(-1)
         yes, no = ([sum(logp_RKV[row, j - len(reply), token].item() for j, token in enumerate(reply))
                     for row in range(r if per == 2 else 0, len(tails), per)]
