@@ -275,7 +275,7 @@ def load_ifeval(folder, path="ifeval/input_data.jsonl"):
         checked(folder / path, number, row, **kinds)
         known = [error is None for error in map(unscored, row["instruction_id_list"], row["kwargs"])]
         items.append(benchmark_item(row["key"], row["prompt"], "en", row, known=known))
-        if path.startswith("ifeval") and not (all(known) and len(known) == len(row["instruction_id_list"])):
+        if len(row["kwargs"]) != len(row["instruction_id_list"]) or path.startswith("ifeval") and not all(known):
             wrong = next(filter(None, map(unscored, row["instruction_id_list"], row["kwargs"])), "one per instruction")
             raise InputError(f"{folder / path}:{number}: field 'kwargs': {wrong}; --prepare downloads the file anew")
     return items
@@ -857,8 +857,9 @@ def complexbench_metrics(rows, protocol):
     shares = {key: mean(values[key]) for key in sorted(values)}
     coherent = {}  # groups whose first item has one Selection question, or several; a group holds if all its items do
     for name, depths in (("single", (1,)), ("multiple", range(2, 100))):
-        chosen = [[held for _, held in group] for group in groups.values() if sum(
-            "Selection" in question["composition_types"] for question in group[0][0]["scoring_questions"]) in depths]
+        chosen = [[held for _, held in group] for group in groups.values()
+                  if sum("Selection" in (question.get("composition_types") or ())
+                         for question in group[0][0]["scoring_questions"]) in depths]
         origin, whole = mean([held for group in chosen for held in group]), mean([all(group) for group in chosen])
         coherent |= {f"{name}_origin": origin, f"{name}_coherent": whole,
                      f"{name}_relative_drop": (origin - whole) / origin if origin else None}
@@ -1038,7 +1039,7 @@ def read_levels(reply, level, language):
         listed = listed.replace("YES", "'YES'").replace("NO", "'NO'")
     try:
         words = ast.literal_eval(listed)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
     if not isinstance(words, list) or len(words) < level or (language == "en" and len(words) != level):
         return None
@@ -1115,14 +1116,13 @@ def infobench_verdict(item, answer, replies, protocol):
     met, judged, unparsable = [], 0, 0
     for k in item["questions"]:
         if k not in replies:
-            break
+            met += [False] * (protocol == "corrected")  # there every question of every item counts
+            continue
         value = read_infobench(replies[k])
         judged, unparsable = judged + 1, unparsable + (value is None)
         met.append(value is True)
-        if value is None:
+        if value is None and protocol != "corrected":
             break
-    if protocol == "corrected":  # every question of every item counts
-        met += [False] * (len(item["questions"]) - len(met))
     return {"met": met, "judged": judged, "unparsable": unparsable}
 
 

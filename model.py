@@ -286,8 +286,7 @@ def load_model(name: str, *, dtype=torch.float32):
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{name}: cannot load this model ({reason}); check the name, the network, or give --model "
                          f"a local folder or {DEFAULT_MODEL}") from error
-    _register_group_attention()
-    model.set_attn_implementation("group_sdpa")
+    _use_group_attention(model)
     return model.to(device()).eval(), tokenizer
 
 
@@ -499,34 +498,38 @@ def packed_logprobs(model, packs, *, temperature=1.0, chunk=1024):
     itself: the beginning (for a group: the prompt) is computed once, forward and backward, and the gradient is that of
     the separate rows. Returns (B, T_response) like token_logprobs, the B responses in the order of the packs.
     """
+    if model.config._attn_implementation != "group_sdpa":  # a model that load_model has not loaded
+        _use_group_attention(model)
     shared = [common_prefix([ids[:start] for ids, start in pack]) for pack in packs]
     width = max(map(pack_length, packs))
     ids_BT = torch.zeros(len(packs), width, dtype=torch.long)
-    segment_BT = torch.full((len(packs), width), -1)  # 0 the beginning, 1, 2, … the rests, -1 padding
     position_BT = torch.zeros(len(packs), width, dtype=torch.long)
     index = []  # per response token: pack, column that predicts it, response number, place in the response
     targets, response = [], 0
     for b, (n, pack) in enumerate(zip(shared, packs, strict=True)):
         ids_BT[b, :n] = torch.tensor(next(ids[:n] for ids, _ in pack))
-        segment_BT[b, :n] = 0
         position_BT[b, :n] = torch.arange(n)
         column = n
-        for segment, (ids, start) in enumerate(pack, 1):
+        for ids, start in pack:
             own = slice(column, column + len(ids) - n)
             ids_BT[b, own] = torch.tensor(ids[n:])
-            segment_BT[b, own] = segment
             position_BT[b, own] = torch.arange(n, len(ids))
             index += [(b, i if i < n else column + i - n, response, i + 1 - start)
                       for i in range(start - 1, len(ids) - 1)]
             targets += ids[start:]
             column, response = own.stop, response + 1
     where = device()
-    query_BT1, key_B1T = segment_BT[:, :, None], segment_BT[:, None, :]
-    visible_BTT = ((key_B1T == 0) | (key_B1T == query_BT1)) & torch.ones(width, width, dtype=torch.bool).tril()
+    # Attention (group_sdpa) takes the beginning and each rest as S segments with Q queries, K keys at most.
+    lengths = [[n, *(len(ids) - n for ids, _ in pack)] for n, pack in zip(shared, packs, strict=True)]
+    before_S = torch.tensor([n * (segment > 0) for n, pack in zip(shared, lengths, strict=True)
+                             for segment in range(len(pack))])
+    Q, K = max(map(max, lengths)), max(len(ids) for pack in packs for ids, _ in pack)
+    visible_SQK = torch.arange(K) <= before_S[:, None, None] + torch.arange(Q)[:, None]
     inputs = {
         "input_ids": ids_BT.to(where),
-        "attention_mask": visible_BTT[:, None].to(where),  # padding sees only padding, and nothing looks at it
+        "attention_mask": visible_SQK[:, None].to(where),
         "position_ids": position_BT.to(where),
+        "segments": lengths,
     }
     pack_N, source_N, response_N, place_N = torch.tensor(index, device=where).unbind(1)
     targets_N = torch.tensor(targets, device=where)
@@ -596,7 +599,7 @@ def micro_batches(rows, budget: int) -> list[list[list]]:
     """Cut rows (objects with .ids and .start) into micro-batches of packs of rows whose prompts begin alike.
 
     Packs are sorted by length; packs × longest pack stays within `budget` tokens (one row at least). A row joins the
-    pack before it if that saves an eighth of its length: below that, attention over the longer pack costs more.
+    pack before it if that saves an eighth of its length.
     """
     packs, shared, lengths = [], [], []  # of each pack: rows, common beginning, tokens
     for row in sorted(rows, key=lambda row: (row.ids[: row.start], len(row.ids))):
@@ -837,18 +840,36 @@ def _rollout_cache(config):
     return cache
 
 
-def _register_group_attention():
-    """`group_sdpa`: sdpa that reads grouped key/value heads in place when decoding.
+def _use_group_attention(model):
+    """`group_sdpa`: sdpa that reads grouped key/value heads in place when decoding, and packs segment by segment.
 
     With one query token the g query heads of a group are g queries of one shared head, so the cache need not be
     repeated g times before every attention call (transformers does that whenever a mask is given).
+    In a pack (packed_logprobs) a rest attends to the beginning and itself: a batch of such short attentions, where one
+    over the whole pack would mask most of what it computes.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    def group_sdpa(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    def by_segment(x, segments, after_beginning):
+        """(B, heads, T, d) -> (S, heads, longest, d): the beginning and the rests, these after it or alone."""
+        rows = []
+        for x_THd, lengths in zip(x.transpose(1, 2), segments, strict=True):
+            beginning, *rests = x_THd[: sum(lengths)].split(lengths)
+            rows += [beginning, *(torch.cat([beginning, rest]) if after_beginning else rest for rest in rests)]
+        longest = max(map(len, rows))
+        return torch.stack([F.pad(row, (0, 0, 0, 0, 0, longest - len(row))) for row in rows]).transpose(1, 2)
+
+    def group_sdpa(module, query, key, value, attention_mask, scaling=None, segments=None, **kwargs):
         B, heads, queries, d = query.shape
+        if segments:
+            output_SQHd, _ = sdpa_attention_forward(
+                module, by_segment(query, segments, False), by_segment(key, segments, True),
+                by_segment(value, segments, True), attention_mask, scaling=scaling, **kwargs)
+            rows = iter(output_SQHd)
+            packs = [torch.cat([next(rows)[:length] for length in lengths]) for lengths in segments]
+            return torch.stack([F.pad(pack, (0, 0, 0, 0, 0, queries - len(pack))) for pack in packs]), None
         if queries > 1 or heads == key.shape[1]:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         grouped = query.view(B, key.shape[1], -1, d)
@@ -857,6 +878,7 @@ def _register_group_attention():
 
     AttentionInterface.register("group_sdpa", group_sdpa)
     AttentionMaskInterface.register("group_sdpa", sdpa_mask)
+    model.set_attn_implementation("group_sdpa")
 
 
 class VllmEngine:

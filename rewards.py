@@ -50,7 +50,7 @@ def json_lines(path):
         raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of a JSON Lines file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    if lines and not lines[-1].strip():
+    while lines and not lines[-1].strip():
         lines.pop()
     if not lines:
         raise InputError(f"{path}: is empty; it needs one JSON object a line")

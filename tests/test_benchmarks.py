@@ -343,7 +343,7 @@ def test_followbench_own(tmp_path, capsys):
     ("['YES', 'N/A']", "en", 2, (0, 0.5)), ("['YES', 'N/A']", "zh", 2, None), ("YES NO", "en", 1, (1, 1.0)),
     ("[“YES”, “YES”]", "zh", 2, (1, 1.0)), ("['YES', 'YES', 'NO']", "zh", 2, (1, 1.0)), ("yes", "en", 1, None),
     ("['YES', 'YES', 'NO']", "en", 2, None), ("['YES', 'YES']\nThanks", "en", 2, None),
-    ("[['YES'], 1]", "en", 2, None),
+    ("[['YES'], 1]", "en", 2, None), ("[{['YES']}, 1]", "en", 2, None),
 ])
 def test_followbench_replies_own(text, language, level, read):
     assert read_levels(text, level, language) == read
@@ -356,7 +356,7 @@ def test_infobench_own(tmp_path, capsys):
     result = score_own(tmp_path, capsys, "infobench", rows, judgements)
     assert (result["drfr"], result["easy"], result["hard"]) == (0.5, 0.5, None)  # the first None ends the item
     assert result["n"] == {"asked": 2, "answered": 1, "judged": 2, "unparsable": 1}
-    assert score_own(tmp_path, capsys, "infobench", rows, judgements, "--protocol", "corrected")["drfr"] == 1 / 5
+    assert score_own(tmp_path, capsys, "infobench", rows, judgements, "--protocol", "corrected")["drfr"] == 2 / 5
 
 
 @pytest.mark.parametrize("text, read", [("yesterday", True), ("No doubt: YES", False), ("The answer is YES", True),

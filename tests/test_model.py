@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -303,6 +304,9 @@ def test_an_earlier_run_is_moved_not_overwritten(tmp_path):
     assert (first / "metrics.jsonl").exists()
     with pytest.raises(InputError, match="no checkpoint to resume from"):
         m.load_checkpoint(first, None, None)
+    for name in ("keep", "save_every"):
+        with pytest.raises(InputError, match=f"--{name.replace('_', '-')} 0: must be at least 1"):
+            m.open_run(tmp_path / "other", SimpleNamespace(**{name: 0}))
 
 
 def test_a_cut_log_line_is_left_out(tmp_path):

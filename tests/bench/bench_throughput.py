@@ -38,8 +38,7 @@ def build(shape):
                          num_key_value_heads=kv, vocab_size=vocabulary, tie_word_embeddings=True,
                          max_position_embeddings=32768, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    m._register_group_attention()
-    model.set_attn_implementation("group_sdpa")
+    m._use_group_attention(model)
     return model.to(m.device()).eval()
 
 
