@@ -70,7 +70,9 @@ def test_token_logprobs_are_float32_and_need_a_context():
         m.token_logprobs(model, ids_BT, mask_BT, torch.zeros(3, dtype=torch.long))
 
 
-def test_packed_groups_equal_separate_rows():
+@pytest.mark.parametrize("dense", [1024, 0])
+def test_packed_groups_equal_separate_rows(dense, monkeypatch):
+    monkeypatch.setattr(m, "DENSE_PACK", dense)
     model = double(build_model(32))
     packs = [
         [([5, 9, 3, 7, 11], 3), ([5, 9, 3, 8], 3), ([5, 9, 3, 7, 11, 2, 6, 4], 3)],
