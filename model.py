@@ -541,7 +541,7 @@ def packed_logprobs(model, packs, *, temperature=1.0, chunk=1024):
         "input_ids": ids_BT.to(where),
         "attention_mask": visible[:, None].to(where),
         "position_ids": position_BT.to(where),
-        **({} if width <= DENSE_PACK else {"segments": lengths}),
+        "segments": None if width <= DENSE_PACK else lengths,
     }
     pack_N, source_N, response_N, place_N = torch.tensor(index, device=where).unbind(1)
     targets_N = torch.tensor(targets, device=where)
