@@ -3,10 +3,10 @@
     python evaluate.py                                             rows I/O, CoT, SFT, Ours on the held-out prompts
     python evaluate.py --model runs/grpo/model --label Ours        one row; the report is rebuilt from all rows there
     python evaluate.py --method sdc --benchmarks my_records.jsonl  another inference method, another record file
-    python evaluate.py --judge MODEL --judge-agreement FILE        accuracy, precision, recall, kappa of a judge
+    python evaluate.py --judge NAME[@URL] --judge-agreement FILE   accuracy, precision, recall, kappa of a judge
     python evaluate.py --prepare --benchmark-dir benchmarks        download the benchmarks, print their licences
     python evaluate.py --benchmarks ifeval,cello,cfbench,complexbench,fb-bench,followbench,infobench --model MODEL
-                       --method io --judge JUDGE --judge-url URL   answer, judge, score
+                       --method io --judge NAME@URL                answer, judge, score
     python evaluate.py --score cello --responses FILE              score recorded answers: one JSON object on stdout
     python evaluate.py --table 1 --runs runs/a,runs/b              the paper's table with our figures beside
 
@@ -20,7 +20,6 @@ Suffixes: N prompts, K columns (statistics of rows, differences), R bootstrap re
 
 import ast
 import hashlib
-import html
 import json
 import math
 import re
@@ -51,6 +50,8 @@ from model import (
     load_model,
     make_engine,
     make_judge,
+    markdown_table,
+    open_chat,
     open_run,
     pad_right,
     parse_flags,
@@ -58,7 +59,9 @@ from model import (
     pyplot,
     read_jsonl,
     record_seed,
+    records_path,
     render_prompt,
+    split_address,
     token_batches,
     token_logprobs,
     write_atomic,
@@ -75,7 +78,7 @@ SPLITS = ["all", "in-distribution", "ood"]
 
 @dataclass
 class Config:
-    model: str = ""  # evaluate one row: smollm2-135m, a local folder or a hub name (default: the four rows)
+    model: str = ""  # evaluate one row: smollm2-135m, folder, hub name, or NAME@URL if served (default: four rows)
     method: Literal["", "io", "cot", "direct", "sdc", "sc", "sr", "od"] = ""  # how it is produced (default: cot)
     label: str = ""  # name of the one row in the tables (default: the name of its method)
     benchmarks: str = ""  # ifeval,cello,... or a record file (default: runs/evolve/ or data/ heldout.jsonl)
@@ -84,13 +87,11 @@ class Config:
     sft_model: str = "runs/sft/model"  # model of the row SFT
     ours_model: str = "runs/grpo/model"  # model of the row Ours
     family: Literal["cold", "warm"] = "cold"  # answer format: cold (think and answer tags) or warm (think tags only)
-    max_new_tokens: int = 0  # token limit of every turn, one for all rows of a report (default: 160; benchmarks 4096)
-    model_url: str = ""  # OpenAI-compatible server that answers as --model, e.g. http://localhost:8000/v1
-    thought_model: str = ""  # sdc: take the thoughts from this model, the answers from --model
+    max_new_tokens: int = 0  # token limit of every turn, one for all rows of a report (default: 200; benchmarks 4096)
+    thought_model: str = ""  # sdc: take the thoughts from this model, NAME[@URL], the answers from --model
     samples: int = 10  # sc: answers per prompt, at temperature 1
     refine_turns: int = 5  # sr: at most this many improvements after the first answer
-    judge: str = ""  # model that answers yes/no questions: as for --model, or the name it is served under
-    judge_url: str = ""  # OpenAI-compatible server of the judge, e.g. http://localhost:8000/v1 (default: load it here)
+    judge: str = ""  # model that answers yes/no questions: NAME (loaded here) or NAME@http://localhost:8000/v1 (served)
     judge_tokens: int = 1024  # token limit of a benchmark judge's reply
     judge_tries: int = 3  # how often a benchmark judge is asked until its reply can be read
     judge_agreement: str = ""  # JSONL of {instruction, answer, question, label: true|false}: measure the judge on it
@@ -1297,9 +1298,9 @@ def read_benchmark(path, limit=0, judge=""):
     records, key = rewards.read_records(path), hashlib.sha256(Path(path).read_bytes()).hexdigest()
     for number, record in enumerate(records, 1):
         if questions_of(record) and not judge:
-            raise InputError(f"{path}:{number}: field 'constraints': judged; give --judge MODEL, with --judge-url if "
-                             "it is served, or set active to false")
-    key += f", judged by {judge}" * any(map(questions_of, records))
+            raise InputError(f"{path}:{number}: field 'constraints': judged; give --judge NAME (loaded here) or "
+                             "NAME@URL (served), or set active to false")
+    key += f", judged by {split_address(judge)[0]}" * any(map(questions_of, records))
     return spread(records, limit or len(records)), key
 
 
@@ -1317,8 +1318,10 @@ def row_files(run, label):
 
 def open_row(cfg, label, model, method, benchmark):
     """(settings, finished items) of a row: those on disk if the settings are the same, else a new and empty row."""
-    settings = {"label": label, "model": model, "method": method, "stamp": model_stamp(model), "benchmark": benchmark}
-    keys = ["family", "max_new_tokens", "engine", "precision", "model_url", "thought_model"]
+    model, url = split_address(model)
+    settings = {"label": label, "model": model, "model_url": url, "method": method, "stamp": model_stamp(model),
+                "benchmark": benchmark}
+    keys = ["family", "max_new_tokens", "engine", "precision", "thought_model"]
     keys += {"sc": ["samples", "seed"], "sr": ["refine_turns"]}.get(method, [])
     settings |= {key: getattr(cfg, key) for key in keys}
     if cfg.thought_model:
@@ -1330,7 +1333,7 @@ def open_row(cfg, label, model, method, benchmark):
         if (old["model"], old["method"]) != (model, method):
             raise InputError(f"{settings_file}: row {label!r} holds model {old['model']} with method {old['method']}; "
                              f"pass another --label or --out")
-        changed = [key for key in settings if old.get(key, getattr(Config, key, None)) != settings[key]]
+        changed = [key for key in settings if old.get(key, getattr(Config, key, "")) != settings[key]]
         changed += ["--no-resume"] * (not cfg.resume)
         if not changed:
             write_jsonl(items_file, items)  # without the last line that a killed run may have left half written
@@ -1550,22 +1553,14 @@ def prepare(names, folder, opener=urllib.request.urlopen):
         print(f"  {items} items")
 
 
-def local_chat(name, load):
-    """A chat function on a model of ours, as Endpoint.chat."""
-    def chat(conversations, *, n, max_tokens, temperature, seed, **_):
-        _, tokenizer, engine = load(name, local=True)
-        ids = [render_prompt(tokenizer, messages, "io").ids for messages in conversations]
-        return engine.generate(ids, n=n, max_tokens=max_tokens, temperature=temperature, seeds=[seed] * len(ids))
-    return chat
-
-
 def judge_answers(cfg, name, label, pairs, chat):
     """{id: {question: raw reply}} for (item, answer) pairs.
 
     Replies are kept in judgements/LABEL - JUDGE.jsonl of the run, a file that --judgements reads; a killed run asks
     only what is missing, and an answer that changed is judged anew.
     """
-    path = Path(cfg.out) / "judgements" / row_files(cfg.out, f"{label} - {cfg.judge}")[0].name
+    judge = split_address(cfg.judge)[0]
+    path = Path(cfg.out) / "judgements" / row_files(cfg.out, f"{label} - {judge}")[0].name
     benchmark, pairs = BENCHMARKS[name], [(item, answer) for item, answer in pairs if answer is not None]
     stamp = {item["id"]: hashlib.sha256(answer.encode()).hexdigest()[:16] for item, answer in pairs}
     kept = [row for row in read_jsonl(path) if row["answer_sha"] == stamp.get(row["id"], row["answer_sha"])]
@@ -1635,24 +1630,23 @@ def run_benchmarks(cfg, names, jobs, load):
         sha = hashlib.sha256(json.dumps([item["messages"] for item in items]).encode()).hexdigest()
         items = spread(items, cfg.limit or len(items))
         if any(item["questions"] for item in items) and not cfg.judge:
-            raise InputError(f"--benchmarks {name}: give --judge MODEL, with --judge-url if it is served")
+            raise InputError(f"--benchmarks {name}: give --judge NAME (loaded here) or NAME@URL (served)")
         todo.append((name, items, sha, replace(cfg, out=str(Path(cfg.out) / name))))
     for _, items, sha, own in todo:
         for label, model, method in jobs:
             answer_row(own, label, model, method, with_thoughts(own, label, method, items, sha, load), sha, load)
     if rank:
         return report
-    chat = local_chat(cfg.judge, load)
-    if cfg.judge_url:
-        chat = Endpoint(cfg.judge_url, cfg.judge, cache=Path(cfg.out) / "judge_cache", timeout=600,
-                        skip_refused=True).chat
+    load("")  # a judge in this process has the memory for itself
+    judge = open_chat(cfg.judge, precision=cfg.precision, cache=path / "judge_cache", timeout=600, skip_refused=True)
     for name, items, sha, own in todo:
         wanted = {"benchmark": sha, "max_new_tokens": cfg.max_new_tokens}
         cells = report["benchmarks"][name] = {}
         for label, (settings, answers) in read_rows(own.out, items, wanted).items():
             pairs = [(item, None if row.get("refused") else row["answer"])
                      for item, row in zip(items, answers, strict=True)]
-            replies = judge_answers(own, name, label, pairs, chat) if any(item["questions"] for item in items) else {}
+            asks = any(item["questions"] for item in items)
+            replies = judge_answers(own, name, label, pairs, judge.chat) if asks else {}
             metrics, judged = score_answers(
                 name, [(item, answer, replies.get(item["id"], {})) for item, answer in pairs], cfg.protocol)
             intervals = metric_intervals(name, judged, cfg.protocol, cfg.resamples, cfg.seed)
@@ -1662,7 +1656,7 @@ def run_benchmarks(cfg, names, jobs, load):
             formats = [not row["format_ok"] for row in answers if row["format_ok"] is not None]
             cells[label] = {"low": low, "high": high, "intervals": intervals, **metrics, **means,
                             "format_failures": mean(formats), "settings": settings, "seconds": settings["seconds"],
-                            "judge": cfg.judge}
+                            "judge": split_address(cfg.judge)[0]}
     write_atomic(path / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     write_atomic(path / "report.md", benchmarks_markdown(report))
     plot_benchmarks(report, path / "benchmarks.png")
@@ -1706,8 +1700,9 @@ def benchmarks_markdown(report):
     return "\n".join([
         "# Benchmarks\n", f"Protocol: {report['protocol']}. Headline of each benchmark in percent, in brackets its "
         "95 % percentile-bootstrap interval over items. Thought and tags are removed before scoring.\n",
-        table(["row", *titles, "Avg."], main), "## Counts and costs\n\nTokens: mean per item; written: of all calls.\n",
-        table(["row", "benchmark", "model", "method", "asked", "answered", "judge replies", "unparsable",
+        markdown_table(["row", *titles, "Avg."], main),
+        "## Counts and costs\n\nTokens: mean per item; written: of all calls.\n",
+        markdown_table(["row", "benchmark", "model", "method", "asked", "answered", "judge replies", "unparsable",
                "format failures", "truncated", "thought tokens", "answer tokens", "written tokens", "seconds"], detail),
         *notes, "![benchmarks](benchmarks.png)\n"])
 
@@ -1816,7 +1811,7 @@ def paper_table(cfg):
         pairs = dict.fromkeys([*((model, label) for model, methods in rows.items() for label in methods), *own])
         lines = [[model, label, *line(model, label, rows.get(model, {}).get(label))] for model, label in pairs]
     title = f"Ours (paper, difference) [95 % interval]; {published['source']}.\n"
-    return "\n".join([title, table(head, lines), *notes])
+    return "\n".join([title, markdown_table(head, lines), *notes])
 
 
 # ---------------------------------------------------------------- the report
@@ -1833,6 +1828,11 @@ def summarise(records, rows, *, resamples=10000, seed=0):
             met_N = np.array([sum(item[mode]) for item in items])
             columns[label, f"all_{mode}"] = (met_N == asked_N).astype(float), np.ones(len(items))
             columns[label, f"each_{mode}"] = met_N, asked_N
+    # Lift: what a row meets beyond the share of unrelated base-model answers that meet the same constraints.
+    lifts = all("chance" in record for record in records)
+    chance_N = np.array([record.get("chance", 0.0) for record in records])
+    for label in labels if lifts else ():
+        columns[label, "lift"] = columns[label, "all_strict"][0] - chance_N, np.ones(len(records))
     for a, b in pairs:
         columns[a, b] = columns[a, "all_strict"][0] - columns[b, "all_strict"][0], np.ones(len(records))
     values_NK, weights_NK = (np.stack([column[k] for column in columns.values()], axis=1) for k in (0, 1))
@@ -1846,6 +1846,7 @@ def summarise(records, rows, *, resamples=10000, seed=0):
                                  "format_failures": 1 - float(np.mean(formats)) if formats else None,
                                  "perplexity": (settings["perplexity"] or {}).get("value")}
     ood_N = np.array([bool(record.get("ood")) for record in records])
+    report["chance"] = {}
     for split, mask_N in zip(SPLITS, (np.ones_like(ood_N), ~ood_N, ood_N), strict=True):
         n = int(mask_N.sum())
         intervals = {}
@@ -1853,8 +1854,9 @@ def summarise(records, rows, *, resamples=10000, seed=0):
             stats = bootstrap(values_NK[mask_N], weights_NK[mask_N], resamples=resamples, seed=seed)
             intervals = {name: {"share": float(share), "low": float(low), "high": float(high), "n": n}
                          for name, share, low, high in zip(columns, *stats, strict=True)}
+        report["chance"][split] = float(chance_N[mask_N].mean()) if n and lifts else None
         for label in labels:
-            names = ("all_strict", "all_loose", "each_strict", "each_loose")
+            names = ["all_strict", "all_loose", "each_strict", "each_loose"] + ["lift"] * lifts
             report["rows"][label][split] = {name: intervals[label, name] for name in names} if n else None
         for a, b in pairs:
             report["differences"].setdefault(f"{a} − {b}", {})[split] = intervals[a, b] if n else None
@@ -1879,24 +1881,17 @@ def percent(cell, signed=False):
     return f"{100 * cell['share']:{sign}.1f} [{100 * cell['low']:{sign}.1f}, {100 * cell['high']:{sign}.1f}]"
 
 
-def table(header, lines):
-    """A Markdown table; cells are made safe for it (line breaks, bars, tags)."""
-    def row(cells):
-        safe = [html.escape(str(cell), quote=False).replace("|", "\\|").replace("\n", "<br>") for cell in cells]
-        return "| " + " | ".join(safe) + " |"
-    return "\n".join([row(header), "|" + " --- |" * len(header), *map(row, lines)]) + "\n"
-
-
 def report_markdown(report, records, rows, cfg, benchmark_path, plots):
     """report.md: the tables of `report`, the plots, and ten fixed prompts with the answers of all rows."""
     splits = {split: next(iter(report["rows"].values()))[split] for split in SPLITS}
     n = {split: cells["all_strict"]["n"] if cells else 0 for split, cells in splits.items()}
     titles = [f"{split} (n={n[split]})" for split in SPLITS]
-    main, cost, pairs = [], [], []
+    main, lift, cost, pairs = [], [], [], []
     for label, row in report["rows"].items():
         cells = [row[split] for split in SPLITS]
         main.append([label, *(percent(c["all_strict"]) if c else "–" for c in cells), percent(cells[0]["all_loose"]),
                      percent(cells[0]["each_strict"]), percent(cells[0]["each_loose"])])
+        lift.append([label, *(percent(c["lift"], signed=True) if c and "lift" in c else "–" for c in cells)])
         cost.append([label, row["settings"]["model"], row["settings"]["method"], shown(row["format_failures"], ".1%"),
                      f"{row['truncated']:.1%}", f"{row['thought_tokens']:.1f}", f"{row['answer_tokens']:.1f}",
                      shown(row["perplexity"], ".1f"), f"{row['repetition']:.1%}", f"{row['seconds']:.0f}"])
@@ -1912,18 +1907,25 @@ def report_markdown(report, records, rows, cfg, benchmark_path, plots):
         f"bootstrap intervals over prompts ({cfg.resamples} resamples); differences are paired by prompt.\n",
         "## Constraints met\n\nShare of prompts with all constraints met (strict, unless it says loose), and share of "
         "single constraints met, over all prompts; in percent.\n",
-        table(["row", *titles, "all met, loose", "per constraint", "per constraint, loose"], main),
+        markdown_table(["row", *titles, "all met, loose", "per constraint", "per constraint, loose"], main),
         "## Differences between rows\n\nAll constraints met, strict, in percentage points.\n",
-        table(["rows", *titles, "reading"], pairs),
+        markdown_table(["rows", *titles, "reading"], pairs),
         "## Format, length and fluency\n\nTruncated: the turn hit the token limit. Tokens: mean per prompt, row's own "
         f"tokenizer. Perplexity: of the answer after the plain request under {cfg.base_model}, on "
         f"{min(cfg.perplexity_items, report['n'])} prompts, the same in every row. Repetition: share of the answer's "
         "4-grams that occurred before in it.\n",
-        table(["row", "model", "method", "format failures", "truncated", "thought tokens", "answer tokens",
+        markdown_table(["row", "model", "method", "format failures", "truncated", "thought tokens", "answer tokens",
                "perplexity", "repetition", "seconds"], cost),
         "## Per kind of constraint\n\nConstraints met, strict, in percent.\n",
-        table(["kind", "n", *rows], kinds),
+        markdown_table(["kind", "n", *rows], kinds),
     ]
+    if report["chance"]["all"] is not None:
+        chance = ["chance, percent", *(shown(share and 100 * share) for share in report["chance"].values())]
+        text[4:4] = [
+            "## Lift over chance\n\nAll constraints met, strict, minus chance: the share of 20 answers of the base "
+            "model, half to the same request without its constraints and half to other requests, that meet them "
+            "(field `chance` of the records); in percentage points.\n",
+            markdown_table(["row", *titles], [*lift, chance])]
     if report["difficulty"]:
         easy = ", ".join(report["difficulty"]["kinds_above_90"]) or "none"
         text.append(f"Difficulty: I/O meets all constraints on {report['difficulty']['io_share']:.1%} of the prompts; "
@@ -1933,7 +1935,7 @@ def report_markdown(report, records, rows, cfg, benchmark_path, plots):
     for k in spread(range(len(records)), 10):
         met = [f"{sum(items[k]['strict'])}/{len(items[k]['strict'])}" for _, items in rows.values()]
         text.append("> " + records[k]["messages"][-1]["content"].replace("\n", "\n> ") + "\n")
-        text.append(table([records[k]["id"], *rows], [
+        text.append(markdown_table([records[k]["id"], *rows], [
             ["thought", *(items[k]["thought"] for _, items in rows.values())],
             ["answer", *(items[k]["answer"] for _, items in rows.values())],
             ["met", *met],
@@ -2010,21 +2012,19 @@ def main(argv=None):
     if cfg.prepare:
         prepare(names, Path(cfg.benchmark_dir))
         return
-    cfg.max_new_tokens = cfg.max_new_tokens or (4096 if on_benchmarks else 160)
-    judge = None if on_benchmarks else make_judge(cfg.judge, cfg.judge_url, precision=cfg.precision,
+    cfg.max_new_tokens = cfg.max_new_tokens or (4096 if on_benchmarks else 200)
+    judge = None if on_benchmarks else make_judge(cfg.judge, precision=cfg.precision,
                                                   cache=Path(cfg.out) / "judge_cache")
     if cfg.judge_agreement:
         if judge is None:
-            raise InputError("--judge-agreement: which judge? give --judge MODEL, with --judge-url if it is served")
+            raise InputError("--judge-agreement: which judge? give --judge NAME (loaded here) or NAME@URL (served)")
         agreement, verdicts = judge_agreement(judge, cfg.judge_agreement, cfg.limit)
         write_jsonl(Path(cfg.out) / "judge_agreement.jsonl", verdicts)
         print(json.dumps({"judge": cfg.judge, **agreement}))
         return
     if not on_benchmarks:
-        path = Path(cfg.benchmarks or "runs/evolve/heldout.jsonl")
-        if not cfg.benchmarks and not path.exists():
-            print(f"{path} is not there (evolve.py writes it): evaluating on the shipped {data_dir.name}/heldout.jsonl")
-            path = data_dir / "heldout.jsonl"
+        default = "runs/evolve/heldout.jsonl"
+        path = records_path(cfg.benchmarks or default, default, "heldout")
         records, sha = read_benchmark(path, cfg.limit, cfg.judge)
     if cfg.model or cfg.method or cfg.label:
         method = cfg.method or "cot"
@@ -2040,18 +2040,20 @@ def main(argv=None):
 
     loaded = {}
 
-    def load(name, local=False):  # local: a judge's, beside a served model too
-        if cfg.model_url and not local:
-            return None, None, Endpoint(cfg.model_url, name, progress="answers", timeout=600, skip_refused=True)
+    def load(name):
+        """(model, tokenizer, engine) of NAME[@URL]; one model is in memory at a time, none after an empty name."""
+        model_name, url = split_address(name)
+        if url:
+            return None, None, Endpoint(url, model_name, progress="answers", timeout=600, skip_refused=True)
         if name not in loaded:
-            loaded.clear()  # one model in memory at a time
+            loaded.clear()
+        if name and name not in loaded:
             model, tokenizer = load_model(name, dtype=compute_dtype(cfg.precision))
-            engine = make_engine("hf" if local else cfg.engine, model, tokenizer, source=name,
-                                 max_length=4096 + cfg.max_new_tokens)
+            engine = make_engine(cfg.engine, model, tokenizer, source=name, max_length=4096 + cfg.max_new_tokens)
             engine.wake()
             engine.sync(model)
             loaded[name] = model, tokenizer, engine
-        return loaded[name]
+        return loaded.get(name)
 
     if on_benchmarks:
         report = run_benchmarks(cfg, names, jobs, load)
@@ -2069,7 +2071,9 @@ def main(argv=None):
     add_perplexity(cfg, records, rows)
     report = write_report(cfg, records, rows, path)
     for label, row in report["rows"].items():
-        print(f"{label:8} all constraints met {percent(row['all']['all_strict'])} %  ({row['seconds']:.0f} s)")
+        lift = row["all"].get("lift")
+        print(f"{label:8} all constraints met {percent(row['all']['all_strict'])} %"
+              + (f", lift {percent(lift, signed=True)}" if lift else "") + f"  ({row['seconds']:.0f} s)")
     print(f"report: {Path(cfg.out) / 'report.md'}")
 
 

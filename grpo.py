@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -29,12 +30,12 @@ from rewards import InputError, read_records, score
 @dataclass
 class Config:
     model: str = "runs/sft/model"  # initial policy and reference policy; the paper's rows start from an instruct model
-    records: str = "runs/evolve/train.jsonl"  # record file; data/train.jsonl if evolve.py never ran
+    records: str = "runs/evolve/rl.jsonl"  # prompts of the rollouts; data/rl.jsonl if evolve.py never ran
+    experts: str = ""  # records with expert answers to clone (default: train.jsonl next to --records, else --records)
     data: Literal["mixed", "complex", "math"] = "mixed"  # which of its records: both at math_ratio, or one kind alone
     out: str = "runs/grpo"  # run folder
     family: Literal["cold", "warm"] = "cold"  # answer format: think and answer tags, or think tags alone (R1 style)
-    judge: str = ""  # model that answers the records' judge questions; the paper's is Qwen/Qwen2.5-7B-Instruct
-    judge_url: str = ""  # OpenAI-compatible server of the judge, e.g. http://localhost:8000/v1 (default: load it here)
+    judge: str = ""  # answers judge questions: NAME (loaded here) or NAME@URL; the paper's: Qwen/Qwen2.5-7B-Instruct
     # the objective: the paper's values
     clip_eps: float = 0.2  # ε of the clipped surrogate
     kl_coef: float = 0.001  # weight of the k3 KL to the initial policy; 0 = no reference model
@@ -48,13 +49,13 @@ class Config:
     reward: Literal["raif", "fraction", "all", "rules_x_judge"] = "raif"  # accuracy part: see rewards.VARIANTS
     code_only: bool = False  # leave out judge constraints, and records that have no others
     # the scale: a laptop's values
-    steps: int = 30  # rollout batches
+    steps: int = 16  # rollout batches
     prompts: int = 4  # P, prompts a rollout batch, over all processes
     group: int = 6  # G, reasoning rollouts a prompt (math prompts get group + direct of them)
     direct: int = 2  # H, no-reasoning rollouts an instruction prompt
     updates: int = 1  # optimizer steps a rollout batch; the first is exactly on-policy
-    bc_batch: int = 24  # expert answers an update; the paper has one per reasoning rollout
-    max_new_tokens: int = 128  # response limit
+    bc_batch: int = 8  # expert answers an update; the paper has one per reasoning rollout
+    max_new_tokens: int = 200  # response limit
     max_prompt_tokens: int = 1024  # longer prompts are left out, and counted
     temperature: float = 1.0  # sampling temperature; top-p and top-k stay off
     lr: float = 3e-5  # peak learning rate
@@ -228,10 +229,8 @@ def engine_mismatch(rows: list[Row]) -> dict:
 # ---------------------------------------------------------------- data
 
 
-def load_pools(cfg: Config, tokenizer) -> dict[str, list[dict]]:
-    """{"instruction", "math", "expert"}: record lists, prompts over the limit left out and counted."""
-    path = m.records_path(cfg.records, Config.records)
-    records = read_records(path)
+def within_limit(records: list[dict], tokenizer, cfg: Config) -> list[dict]:
+    """The records whose prompt fits --max-prompt-tokens; the others are counted on stderr."""
     fitting = []
     for record in records:
         prompt = m.render_prompt(tokenizer, record["messages"], "cot", cfg.family, record.get("language", "en"))
@@ -240,13 +239,29 @@ def load_pools(cfg: Config, tokenizer) -> dict[str, list[dict]]:
     if len(fitting) < len(records):
         print(f"{len(records) - len(fitting)} of {len(records)} prompts exceed {cfg.max_prompt_tokens} tokens: "
               "left out", file=sys.stderr)
+    return fitting
+
+
+def load_pools(cfg: Config, tokenizer) -> dict[str, list[dict]]:
+    """{"instruction", "math", "expert"}: record lists, prompts over the limit left out and counted.
+
+    Rollouts start from --records. Cloned are the answers of --experts: on a laptop other requests, so that rollouts
+    are about what SFT has not seen; in the paper the same ones.
+    """
+    path = m.records_path(cfg.records, Config.records, "rl")
+    if cfg.experts:
+        expert_path = Path(cfg.experts)
+    else:
+        beside = m.data_dir / "teacher.jsonl" if path.parent == m.data_dir else path.with_name("train.jsonl")
+        expert_path = beside if beside.exists() else path
+    fitting = within_limit(read_records(path), tokenizer, cfg)
     if cfg.code_only:
         stripped = [code_only(record) for record in fitting]
         fitting = [record for record in stripped if record["task"] == "math" or record["constraints"]]
         print(f"--code-only: {len(stripped) - len(fitting)} of {len(stripped)} records have no active code constraint: "
               "left out", file=sys.stderr)
     limit = cfg.max_prompt_tokens + cfg.max_new_tokens
-    experts = [record for record in fitting if record.get("expert")]
+    experts = [record for record in within_limit(read_records(expert_path), tokenizer, cfg) if record.get("expert")]
     short = [record for record in experts if len(m.encode_expert(tokenizer, record, cfg.family).ids) <= limit]
     if len(short) < len(experts):
         print(f"{len(experts) - len(short)} of {len(experts)} experts exceed {limit} tokens: not cloned",
@@ -263,13 +278,13 @@ def load_pools(cfg: Config, tokenizer) -> dict[str, list[dict]]:
               if any(c["kind"] == "judge" and c["active"] for c in record["constraints"])]
     if judged and not cfg.judge:
         raise InputError(f"{path}: record {judged[0]!r} ({len(judged)} such) has a judge constraint; "
-                         "give --judge MODEL")
+                         "give --judge NAME (loaded here) or NAME@URL (served), or --code-only to leave it out")
     if not pools["math"] and (cfg.data == "math" or cfg.data == "mixed" and cfg.math_ratio > 0):
         raise InputError(f"{path}: --data {cfg.data}, --math-ratio {cfg.math_ratio} but no record has task 'math'; add "
                          "math records (python evolve.py does) or give --math-ratio 0")
     if cfg.bc_coef > 0 and not pools["expert"]:
-        raise InputError(f"{path}: --bc-coef {cfg.bc_coef} but no record has the field 'expert'; add expert answers "
-                         "(python evolve.py does) or give --bc-coef 0")
+        raise InputError(f"{expert_path}: --bc-coef {cfg.bc_coef} but no record has the field 'expert'; give --experts "
+                         "a file with expert answers (python evolve.py writes train.jsonl) or --bc-coef 0")
     return pools
 
 
@@ -421,7 +436,7 @@ def main():
             reference=cfg.kl_coef > 0, engine=cfg.engine, engine_share=cfg.engine_share, micro_tokens=cfg.micro_tokens,
             rollout_tokens=n_rows * cfg.max_new_tokens,
             trained_tokens=(n_rows + cfg.bc_batch * cfg.updates) * cfg.max_new_tokens), file=sys.stderr)
-    judge = m.make_judge(cfg.judge, cfg.judge_url, precision=cfg.precision, cache=run / "judge_cache")
+    judge = m.make_judge(cfg.judge, precision=cfg.precision, cache=run / "judge_cache")
     engine = m.make_engine(cfg.engine, policy, tokenizer, dtype=dtype, own_copy=cfg.shard, source=cfg.model,
                            max_length=cfg.max_prompt_tokens + cfg.max_new_tokens, share=cfg.engine_share)
     if cfg.activation_checkpointing:

@@ -14,6 +14,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import html
 import inspect
 import json
 import os
@@ -64,7 +65,8 @@ def parse_flags(config_class, argv=None, presets=None):
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         comment = re.search(rf"^\s*{field.name}\s*:.*?#\s*(.*)$", source, re.M)
-        help_text = f"{comment[1] if comment else ''} (default: {field.default})".replace("%", "%%")
+        shown = f" (default: {field.default})" if field.default != "" else ""
+        help_text = f"{comment[1] if comment else ''}{shown}".replace("%", "%%")
         flag = "--" + field.name.replace("_", "-")
         kind = hints[field.name]
         if kind is bool:
@@ -275,6 +277,8 @@ def load_model(name: str, *, dtype=torch.float32):
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if split_address(name)[1]:
+        raise InputError(f"{name}: a served model cannot be loaded or trained here; give a hub name or a local folder")
     folder = smollm2_folder() if name == DEFAULT_MODEL else name
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or name.split("/")[0] == "runs"
     if name != DEFAULT_MODEL and looks_local and not (Path(name) / "config.json").is_file():
@@ -1073,18 +1077,87 @@ class Endpoint:
         return {"choices": choices, "usage": {name: getattr(usage, name, 0) or 0 for name in self.tokens}}
 
 
-def make_judge(name: str, url: str = "", *, precision: str = "auto", cache: str | Path | None = None):
-    """The judge of semantic constraints: `name` as served under `url`, else loaded here; None for an empty name.
+class LocalChat:
+    """A model in this process behind Endpoint.chat, loaded when it is first asked.
+
+    Conversations are answered in chunks; a finished chunk is stored under `cache`, so a killed run repeats one at most.
+    A chunk's key covers all that shapes its texts (in bf16 the neighbours in the batch too), so that a resumed run and
+    an uninterrupted one give the same. A conversation that leaves no room for `max_tokens` gets a blank reply.
+    """
+
+    CHUNK = 64  # conversations
+
+    def __init__(self, name: str, *, precision: str = "auto", cache: str | Path | None = None, progress: str = ""):
+        self.name, self.precision, self.progress = name, precision, progress
+        self.cache = Path(cache) if cache else None
+        self.tokens = {"prompt_tokens": 0, "completion_tokens": 0}  # of all replies so far, stored ones included
+        self.engine = None
+
+    def chat(self, conversations, *, n=1, max_tokens, temperature=1.0, stop=(), seed=0, **_) -> list[list[Completion]]:
+        """See Endpoint.chat; further fields of a request have no meaning here."""
+        settings = {"n": n, "max_tokens": max_tokens, "temperature": temperature, "stop": tuple(stop), "seed": seed}
+        replies = []
+        starts = range(0, len(conversations), self.CHUNK)
+        for start in tqdm(starts, desc=self.progress, unit="chunk", disable=not self.progress):
+            replies += self._chunk(conversations[start : start + self.CHUNK], settings)
+        for reply in replies:
+            for name in self.tokens:
+                self.tokens[name] += reply["usage"][name]
+        return [[Completion([], *choice) for choice in reply["choices"]] for reply in replies]
+
+    def _chunk(self, conversations, settings: dict) -> list[dict]:
+        key = hashlib.sha256(json.dumps([self.name, self.precision, settings, conversations]).encode()).hexdigest()
+        stored = self.cache / key[:2] / f"{key}.json" if self.cache else None
+        if stored and stored.exists():
+            return json.loads(stored.read_text("utf-8"))
+        if self.engine is None:
+            dtype = compute_dtype(self.precision)
+            model, tokenizer = load_model(self.name, dtype=dtype)
+            self.engine = Engine(model, tokenizer, dtype=dtype)
+        self.engine.max_rows = max(1, min(64, 2**16 // settings["max_tokens"]))  # bounds the KV cache
+        prompts = [render_prompt(self.engine.tokenizer, messages, "io").ids for messages in conversations]
+        room = self.engine.model.config.max_position_embeddings - settings["max_tokens"]
+        fitting = [i for i, ids in enumerate(prompts) if len(ids) <= room]
+        seeds = [record_seed(settings["seed"], 0, json.dumps(conversations[i])) for i in fitting]
+        groups = self.engine.generate(
+            [prompts[i] for i in fitting], n=settings["n"], max_tokens=settings["max_tokens"], stop=settings["stop"],
+            temperature=settings["temperature"], seeds=seeds)
+        replies = [{"choices": [("", "refused")] * settings["n"], "usage": dict.fromkeys(self.tokens, 0)}
+                   for _ in conversations]
+        for i, group in zip(fitting, groups, strict=True):
+            written = sum(len(completion.token_ids) for completion in group)
+            replies[i] = {"choices": [(completion.text, completion.finish_reason) for completion in group],
+                          "usage": {"prompt_tokens": len(prompts[i]), "completion_tokens": written}}
+        if stored:
+            write_atomic(stored, json.dumps(replies, ensure_ascii=False))
+        return replies
+
+
+def split_address(name: str) -> tuple[str, str]:
+    """NAME[@URL] -> (name, URL or ""): with an address the model is served there, without one it is loaded here."""
+    served = re.fullmatch(r"(.+?)@(https?://\S+)", name)
+    return (served[1], served[2]) if served else (name, "")
+
+
+def open_chat(name: str, *, precision: str = "auto", cache: str | Path | None = None, **settings):
+    """What answers conversations as NAME[@URL]: an Endpoint with these settings, or a LocalChat in this process."""
+    model, url = split_address(name)
+    if url:
+        return Endpoint(url, model, cache=cache, **settings)
+    return LocalChat(model, precision=precision, cache=cache)
+
+
+def make_judge(name: str, *, precision: str = "auto", cache: str | Path | None = None):
+    """The judge of semantic constraints, NAME[@URL]; None for an empty name.
 
     A served judge's replies are kept under `cache`. rewards.LocalJudge and EndpointJudge say how a verdict is read.
     """
     if not name:
-        if url:
-            raise InputError(f"--judge-url {url}: say with --judge which of its models is to be asked")
         return None
+    model, url = split_address(name)
     if url:
-        return EndpointJudge(Endpoint(url, name, cache=cache, top_logprobs=5, progress="judge").chat)
-    return LocalJudge(*load_model(name, dtype=compute_dtype(precision)))
+        return EndpointJudge(Endpoint(url, model, cache=cache, top_logprobs=5, progress="judge").chat)
+    return LocalJudge(*load_model(model, dtype=compute_dtype(precision)))
 
 
 # ---------------------------------------------------------------- the plan of a run
@@ -1169,11 +1242,11 @@ def open_run(folder: str | Path, config, *, resume: bool = False) -> Path:
     return folder
 
 
-def records_path(given: str, default: str) -> Path:
-    """The record file of a training stage: as given, or the shipped sample where the default is not there yet."""
+def records_path(given: str, default: str, shipped: str) -> Path:
+    """The record file of a stage: as given, or data/SHIPPED.jsonl where the default is not there yet."""
     if given == default and not Path(given).exists():
-        print(f"{given} is not there (run python evolve.py): using the sample data/train.jsonl", file=sys.stderr)
-        return data_dir / "train.jsonl"
+        print(f"{given} is not there (run python evolve.py): using data/{shipped}.jsonl", file=sys.stderr)
+        return data_dir / f"{shipped}.jsonl"
     return Path(given)
 
 
@@ -1274,6 +1347,16 @@ def stop_signals():
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     return lambda: sum_over_ranks(float(stop.is_set())) > 0
+
+
+def markdown_table(header, lines) -> str:
+    """A Markdown table; cells are made safe for it (line breaks, bars, tags)."""
+
+    def row(cells):
+        safe = [html.escape(str(cell), quote=False).replace("|", "\\|").replace("\n", "<br>") for cell in cells]
+        return "| " + " | ".join(safe) + " |"
+
+    return "\n".join([row(header), "|" + " --- |" * len(header), *map(row, lines)]) + "\n"
 
 
 def pyplot():

@@ -14,7 +14,6 @@ Nothing in a text or a record is ever executed or unpickled, and every checker t
 
 from __future__ import annotations
 
-import html
 import json
 import random
 import re
@@ -799,6 +798,7 @@ CHECKS = UNICODE | OWN
 TYPES: dict[str, tuple[str, Callable]] = {
     "count": ("a whole number from 0", lambda v: type(v) in (int, float) and v >= 0 and v == v // 1),
     "text": ("a text", lambda v: isinstance(v, str) and v.strip() != ""),
+    "prompt": ("the text to repeat", lambda v: isinstance(v, str) and v.strip() != ""),
     "letter": ("one character", lambda v: isinstance(v, str) and len(v) == 1 and not v.isspace()),
     "words": ("a list of words", lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(
         isinstance(w, str) and w.strip() for w in v)),
@@ -810,7 +810,7 @@ TYPES: dict[str, tuple[str, Callable]] = {
 
 @lru_cache(maxsize=1)
 def _rows() -> dict[str, dict]:
-    """data/constraints.jsonl by id: arguments (name:type), repair order, what it excludes, wordings, plans, example."""
+    """data/constraints.jsonl by id: arguments (type and what to draw), what it excludes, wordings, example."""
     lines = (DATA / "constraints.jsonl").read_text(encoding="utf-8").splitlines()
     return {row["id"]: row for row in map(json.loads, lines)}
 
@@ -822,8 +822,8 @@ def _arguments(constraint_id, kwargs) -> dict:
     if not isinstance(kwargs, dict | None):
         raise ValueError(f"{constraint_id}: kwargs are not an object")
     given = {name: value for name, value in (kwargs or {}).items() if value is not None}
-    wanted = dict(part.split(":") for part in _rows()[constraint_id]["arguments"].split())
-    for name, kind in wanted.items():
+    wanted = _rows()[constraint_id]["arguments"]
+    for name, (kind, *_) in wanted.items():
         expected, accepts = TYPES[kind]
         if name not in given:
             raise ValueError(f"{constraint_id}: argument {name!r} is missing; it is {expected}")
@@ -866,15 +866,12 @@ def check_loose(constraint_id: str, kwargs: dict, response: str, *, prompt: str 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Making constraints: arguments that fit a draft, minimal edits that satisfy them, wordings
-#
-# A sampler sees the plain draft and asks for a little more or less than it has, so that the draft itself mostly fails
-# and a small edit passes. A repair makes that edit; it is returned only if the checker (for English: both) accepts it.
+# 5. Making constraints: random arguments and their wordings
 
 
 @lru_cache(maxsize=1)
 def _phrases() -> dict:
-    """data/phrases.json per language: `words` (word -> a sentence using it), ends, starters, slots, stop words."""
+    """data/phrases.json: `empty_thoughts` (see is_placeholder), and per language the `words` to draw from."""
     return json.loads((DATA / "phrases.json").read_text(encoding="utf-8"))
 
 
@@ -882,603 +879,50 @@ def _is_zh(s: str) -> bool:
     return len(CJK.findall(s)) * 2 > len(text_of(s).words)
 
 
-def _bank(s: str) -> dict:
-    return _phrases()["zh" if _is_zh(s) else "en"]
-
-
-def _glue(sentences: list[str]) -> str:
-    return ("" if _is_zh("".join(sentences)) else " ").join(" ".join(s.split()) for s in sentences)
-
-
-def _append(s: str, sentence: str) -> str:
-    """The text with one more sentence at its end, in a new paragraph after a list, a heading or a code block."""
-    s = s.rstrip()
-    last = s.rsplit("\n", 1)[-1]
-    if any(p.match(last) for p in (BULLET, NUMBERED, HEADING, FENCE, RULE_LINE)):
-        return f"{s}\n\n{sentence}"
-    if re.search(r"\w$", s):
-        s += "。" if _is_zh(s) else "."
-    return s + ("" if _is_zh(s) or not s else " ") + sentence
-
-
-def _without(s: str, sentence: str) -> str | None:
-    """The text without one of its sentences and a list marker left bare; None if that is all or not found."""
-    if len(text_of(s).sentences) < 2 or (at := s.rfind(sentence)) < 0:
-        return None
-    left, right = s[:at].rstrip(" "), s[at + len(sentence):].lstrip(" ")
-    gap = " " if left and right and not (left[-1] + right[0]).isspace() and not _is_zh(s) and right[0] != "\n" else ""
-    bare = re.compile(r"[ \t]*([*+•-]|\d+[.)]|#+)[ \t]*")
-    lines = [line for line in (left + gap + right).split("\n") if not bare.fullmatch(line)]
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
-
-
-def _grow(s: str, enough: Callable[[str], bool], rng, pool=None) -> str | None:
-    """Append sentences of the bank (each at most once) until `enough`."""
-    pool = list(pool or _bank(s)["words"].values())
-    rng.shuffle(pool)
-    for sentence in pool[:12]:
-        if enough(s):
-            break
-        if sentence not in s:
-            s = _append(s, sentence)
-    return s
-
-
-def _shrink(s: str, enough: Callable[[str], bool], which=lambda sentence: True) -> str | None:
-    """Drop sentences, last first, until `enough`."""
-    while not enough(s):
-        found = next((x for x in reversed(text_of(s).sentences) if which(x)), None)
-        if found is None or (s := _without(s, found)) is None:
-            return None
-    return s
-
-
-def _grow_or_shrink(constraint_id: str, relation: str):
-    def repair(s, k, rng):
-        enough = lambda x: _complies(constraint_id, k, x)  # noqa: E731
-        return _grow(s, enough, rng) if k[relation] == "at least" else _shrink(s, enough)
-
-    return repair
-
-
-def _groups(items: list, n: int) -> list[list]:
-    """n contiguous groups of nearly equal size."""
-    return [items[i * len(items) // n: (i + 1) * len(items) // n] for i in range(n)]
-
-
-def _regroup(s: str, n: int, make: Callable[[int, str], str], between: str) -> str | None:
-    """The sentences of the text in n parts, each built by make(number, text); None if there are too few."""
-    sentences = text_of(s).sentences
-    if not len(sentences) >= n > 0:
-        return None
-    return between.join(make(i, _glue(group)) for i, group in enumerate(_groups(sentences, n), 1))
-
-
-def _content_words(s: str) -> Counter:
-    """English: words of four letters and more that are no function words. Chinese: pairs of characters that recur."""
-    bank = _bank(s)
-    if _is_zh(s):
-        pairs = Counter(run[i:i + 2] for run in re.findall(f"[{HAN}]+", s) for i in range(len(run) - 1))
-        return Counter({p: n for p, n in pairs.items() if n > 1 and not set(p) & set(bank["stop"])})
-    return Counter(w for w in re.findall(r"(?<![\w'’-])[a-z]{4,}(?![\w'’-])", s) if w not in bank["stop"])
-
-
-def _lower_first(s: str) -> str:
-    """`s` without its initial capital, unless that word is a name (the Punkt tables know which occur in lower case)."""
-    first = re.match(r"[A-Z][a-z]*(?![\w'’])", s)
-    known = first and first[0] != "I" and _punkt()._params.ortho_context.get(first[0].lower(), 0) & 0b1110000
-    return s[0].lower() + s[1:] if known else s
-
-
-def _key_spans(s: str) -> list[str]:
-    """Short phrases worth a highlight: content words, or short clauses in Chinese."""
-    if _is_zh(s):
-        clauses = re.split(r"[\s，。！？；：、,.!?;:“”‘’()（）*《》0-9-]+", s)
-        return [clause for clause in clauses if 2 <= len(clause) <= 8 and CJK.match(clause)]
-    return list(_content_words(s))
-
-
-def _title(s: str) -> str:
-    first = (text_of(s).sentences or [s])[0]
-    if _is_zh(s):
-        return next((c for c in re.split(r"[，。！？；：,.!?;:\s]|是|可以|需要|有|能", first) if c), first)[:10]
-    words = [w for w, _ in _content_words(s).most_common(2)] or WORD.findall(first)[:3]
-    return " and ".join(w.capitalize() for w in words[:2])
-
-
-def _mention(s: str, word: str, rng) -> str:
-    bank = _bank(s)
-    return bank["words"].get(word) or rng.choice(bank["mention"]).format(w=word)
-
-
-def _add_words(s, words, rng):
-    for word in words:
-        if not _count(text_of(s), word):
-            s = _append(s, _mention(s, word, rng))
-    return s
-
-
-def _repair_frequency(s, k, rng):
-    word, n = k["keyword"], k["frequency"]
-    if k["relation"] == "less than":
-        return _shrink(s, lambda x: _count(text_of(x), word) < n, lambda sentence: _count(text_of(sentence), word))
-    mentions = [m.format(w=word) for m in rng.sample(_bank(s)["mention"], len(_bank(s)["mention"]))]
-    if word in _bank(s)["words"]:
-        mentions.insert(0, _bank(s)["words"][word])
-    for mention in mentions:
-        if _count(text_of(s), word) < n and mention not in s:
-            s = _append(s, mention)
-    return s
-
-
-def _repair_forbidden(s, k, rng):
-    bad = lambda x: any(_count(text_of(x), w) for w in k["forbidden_words"])  # noqa: E731
-    return _shrink(s, lambda x: not bad(x), bad)
-
-
-def _repair_letters(s, k, rng):
-    letter, n = k["letter"].lower(), k["let_frequency"]
-    enough = lambda x: _complies("keywords:letter_frequency", k, x)  # noqa: E731
-    if k["let_relation"] == "less than":
-        return _shrink(s, enough, lambda sentence: letter in sentence.lower())
-    rich = sorted(_bank(s)["words"].values(), key=lambda x: -x.lower().count(letter))
-    return _grow(s, enough, rng, rich[:6]) if n - s.lower().count(letter) <= 12 else None
-
-
-def _repair_first_word(s, k, rng):
-    word, zh = k["first_word"], _is_zh(s)
-    starter = any(word.lower() in group for group in _bank(s)["starters"])
-
-    def make(i, part):
-        if i != k["nth_paragraph"] or _opens_with(part, word):
-            return part
-        if starter:
-            old = r"(?:First|Next|Then|Finally|Also|However|Besides|Overall),? |(?:首先|其次|然后|最后|另外)，"
-            part = part[found.end():] if (found := re.match(old, part)) else part
-            return f"{word}，{part}" if zh else f"{word.capitalize()}, {_lower_first(part)}"
-        return f"{word}：{part}" if zh else f"{word[0].upper() + word[1:]}: {part}"
-
-    return _regroup(s, k["num_paragraphs"], make, "\n\n")
-
-
-def _repair_placeholders(s, k, rng):
-    bank = _bank(s)
-    missing = max(1, k["num_placeholders"] - _placeholders(text_of(s)))
-    slots = [f"[{slot}]" for slot in bank["slots"] if f"[{slot}]" not in s]
-    if missing > len(slots):
-        return None
-    return _append(s, rng.choice(bank["slot_sentence"]).format(slots=_join(rng.sample(slots, missing), _is_zh(s))))
-
-
-def _repair_highlights(s, k, rng):
-    spans = _key_spans(s)
-    rng.shuffle(spans)
-    for span in spans:
-        if _complies("detectable_format:number_highlighted_sections", k, s):
-            break
-        s = re.sub(rf"(?<![\w*]){re.escape(span)}(?![\w*])" if not _is_zh(s) else rf"(?<!\*){re.escape(span)}(?!\*)",
-                   f"*{span}*", s, count=1)
-    return s
-
-
-def _repair_yes_no(s, k, rng):
-    found = re.match(r"(?i)\s*(yes|no|maybe|perhaps)\b[,.!:]*\s*"
-                     r"|\s*(不是|不对|不能|不会|是|对|能|会|不确定)的?[，。！]\s*", s)
-    if not found:
-        return None
-    rest = s[found.end():]
-    if found[2]:
-        word = "不确定" if found[2] == "不确定" else "否" if found[2][0] == "不" else "是"
-        return f"我的回答是：{word}。{rest}"
-    word = {"perhaps": "maybe"}.get(found[1].lower(), found[1].lower())
-    return f"My answer is {word}. {rest[:1].upper()}{rest[1:]}".strip()
-
-
-def _repair_two(s, k, rng):
-    second = text_of(s).sentences[:1]
-    return f"{s.rstrip()}\n\n******\n\n" + rng.choice(_bank(s)["again"]).format(
-        s=second[0] if _is_zh(s) else _lower_first(second[0])) if second else None
-
-
-def _repair_capital_words(s, k, rng):
-    words = list(_content_words(s))
-    rng.shuffle(words)
-    for word in words:
-        if _complies("change_case:capital_word_frequency", k, s):
-            break
-        s = re.sub(rf"\b{word}\b", word.upper(), s, count=1)
-    return s
-
-
-def _repair_commas(s, k, rng):
-    if _is_zh(s):
-        return re.sub("[,，]", "。", re.sub(r"(?<=\d)[,，](?=\d)", "", s))
-    s = re.sub(r"(?<=\d),(?=\d{3})", "", s)
-    s = re.sub(r"(\w+), (\w+),? (and|or) ", r"\1 \3 \2 \3 ", s)  # a, b, and c -> a and b and c
-    s = re.sub(r"(?<![^.!?\n]\s)(?<!\S)((?:\w+ ){0,2}\w+),(?= )", r"\1", s)  # First, boil -> First boil
-    s = re.sub(r",(?= (?:and|or|but|so|which|who|where|while|because|such|including|like|as|then|you|it|we)\b)", "", s)
-    return re.sub(r",(?=\S)", ", ", s).replace(", ", " – ").replace(",", "")
-
-
-def _wrap_json(s, k, rng):
-    return json.dumps({rng.choice(_bank(s)["keys"]): s}, ensure_ascii=False)
-
-
-def _wrap_quotes(s, k, rng):
-    return "“" + re.sub("[“”\"]", "'", s.strip()) + "”" if _is_zh(s) else '"' + re.sub("[“”\"]", "'", s.strip()) + '"'
-
-
-def _complies(constraint_id: str, kwargs: dict, s: str) -> bool:
-    """Passes for training and, in English, for the benchmark too: an expert answer never teaches a difference."""
-    return check(constraint_id, kwargs, s) and (_is_zh(s) or check(constraint_id, kwargs, s, mode="compat"))
-
-
-REPAIRS: dict[str, Callable] = {
-    "keywords:existence": lambda s, k, rng: _add_words(s, k["keywords"], rng),
-    "keywords:frequency": _repair_frequency,
-    "keywords:forbidden_words": _repair_forbidden,
-    "keywords:letter_frequency": _repair_letters,
-    "length_constraints:number_sentences": _grow_or_shrink("length_constraints:number_sentences", "relation"),
-    "length_constraints:number_words": _grow_or_shrink("length_constraints:number_words", "relation"),
-    "length_constraints:number_paragraphs": lambda s, k, rng: _regroup(
-        s, k["num_paragraphs"], lambda i, part: part, "\n\n***\n\n"),
-    "length_constraints:nth_paragraph_first_word": _repair_first_word,
-    "detectable_content:number_placeholders": _repair_placeholders,
-    "detectable_content:postscript": lambda s, k, rng: (
-        f"{s.rstrip()}\n\n{k['postscript_marker'].rstrip('.')}. {rng.choice(list(_bank(s)['words'].values()))}"),
-    "detectable_format:number_bullet_lists": lambda s, k, rng: _regroup(
-        s, k["num_bullets"], lambda i, part: f"* {part}", "\n"),
-    "detectable_format:constrained_response": _repair_yes_no,
-    "detectable_format:number_highlighted_sections": _repair_highlights,
-    "detectable_format:multiple_sections": lambda s, k, rng: _regroup(
-        s, k["num_sections"], lambda i, part: f"{k['section_spliter']} {i}\n{part}", "\n\n"),
-    "detectable_format:json_format": _wrap_json,
-    "detectable_format:title": lambda s, k, rng: f"<<{_title(s)}>>\n\n{s}",
-    "combination:two_responses": _repair_two,
-    "combination:repeat_prompt": lambda s, k, rng: f"{k['prompt_to_repeat'].strip()}\n\n{s}",
-    "startend:end_checker": lambda s, k, rng: _append(s, k["end_phrase"]),
-    "startend:quotation": _wrap_quotes,
-    "change_case:english_capital": lambda s, k, rng: s.upper(),
-    "change_case:english_lowercase": lambda s, k, rng: s.lower(),
-    "change_case:capital_word_frequency": _repair_capital_words,
-    "punctuation:no_comma": _repair_commas,
-}
-
-
-def _near(rng, count: int, below: int, above: int, relation: str, name: str) -> dict:
-    """"less than" a bound the draft reaches, or "at least" one it misses, at most `below` or `above` away."""
-    if count > 1 and below > 0 and rng.random() < 0.4:
-        return {name: max(1, count - rng.randint(0, below - 1)), relation: "less than"}
-    return {name: count + rng.randint(1, above), relation: "at least"}
-
-
-def _sample_frequency(rng, t, prompt):
-    words = sorted(_content_words(t.s).items())
-    word, count = rng.choice(words) if words and rng.random() < 0.6 else (rng.choice(list(_bank(t.s)["words"])), 0)
-    count = max(count, _count(t, word))
-    return {"keyword": word} | _near(rng, count, 1 if count < len(t.sentences) else 0, 2, "relation", "frequency")
-
-
-def _sample_forbidden(rng, t, prompt):
-    """One or two words that occur in a single sentence, not the first, so that the answer survives without it."""
-    homes = defaultdict(list)
-    for word in sorted(_content_words(t.s)):
-        found = [i for i, sentence in enumerate(t.sentences) if _count(text_of(sentence), word)]
-        if len(found) == 1 and found[0] > 0:
-            homes[found[0]].append(word)
-    words = homes[rng.choice(sorted(homes))] if homes else []
-    return {"forbidden_words": rng.sample(words, rng.randint(1, min(2, len(words))))} if words else None
-
-
-def _sample_letters(rng, t, prompt):
-    if _is_zh(t.s):
-        return None
-    letter = rng.choice("abcdefghiklmnoprstuvwy")
-    return {"letter": letter} | _near(rng, t.lower.count(letter), 1, 4, "let_relation", "let_frequency")
-
-
-def _sample_words(rng, t, prompt):
-    if not t.sentences:
-        return None
-    last = len(text_of(t.sentences[-1]).words)
-    return _near(rng, len(t.words), last if len(t.sentences) > 1 else 0, 12, "relation", "num_words")
-
-
-def _sample_first_word(rng, t, prompt):
-    if len(t.sentences) < 2:
-        return None
-    n = rng.randint(2, min(3, len(t.sentences)))
-    nth = rng.randint(1, n)
-    group = _bank(t.s)["starters"][0 if nth == 1 else 2 if nth == n else 1]
-    return {"num_paragraphs": n, "nth_paragraph": nth, "first_word": rng.choice(group)}
-
-
-def _split_count(name: str, most: int):
-    """A number of parts that the draft's sentences can be divided into."""
-    return lambda rng, t, prompt: {name: rng.randint(2, min(most, len(t.sentences)))} if len(t.sentences) > 1 else None
-
-
-# id -> arguments fitting the draft t, or None; the argument-free kinds below need no sampler of their own
-SAMPLERS: dict[str, Callable] = {
-    "keywords:existence": lambda rng, t, prompt: {"keywords": rng.sample(
-        [w for w in _bank(t.s)["words"] if not _count(t, w)], rng.randint(1, 2))},
-    "keywords:frequency": _sample_frequency,
-    "keywords:forbidden_words": _sample_forbidden,
-    "keywords:letter_frequency": _sample_letters,
-    "language:response_language": lambda rng, t, prompt: {"language": "zh-cn" if _is_zh(t.s) else "en"},
-    "length_constraints:number_sentences": lambda rng, t, prompt: _near(
-        rng, len(t.sentences), 1, 2, "relation", "num_sentences"),
-    "length_constraints:number_words": _sample_words,
-    "length_constraints:number_paragraphs": _split_count("num_paragraphs", 3),
-    "length_constraints:nth_paragraph_first_word": _sample_first_word,
-    "detectable_content:number_placeholders": lambda rng, t, prompt: {
-        "num_placeholders": _placeholders(t) + rng.randint(1, 3)},
-    "detectable_content:postscript": lambda rng, t, prompt: {"postscript_marker": rng.choice(["P.S.", "P.P.S"])},
-    "detectable_format:number_bullet_lists": _split_count("num_bullets", 5),
-    "detectable_format:constrained_response": lambda rng, t, prompt: {} if _repair_yes_no(t.s, {}, rng) else None,
-    "detectable_format:number_highlighted_sections": lambda rng, t, prompt: {
-        "num_highlights": rng.randint(1, min(3, n))} if (n := len(_key_spans(t.s))) else None,
-    "detectable_format:multiple_sections": lambda rng, t, prompt: {
-        "section_spliter": rng.choice(_bank(t.s)["sections"]), "num_sections": rng.randint(2, min(3, n))} if (
-        n := len(t.sentences)) > 1 else None,
-    "combination:repeat_prompt": lambda rng, t, prompt: {"prompt_to_repeat": prompt} if prompt.strip() else None,
-    "startend:end_checker": lambda rng, t, prompt: {"end_phrase": rng.choice(_bank(t.s)["ends"])},
-    "change_case:english_capital": lambda rng, t, prompt: None if CJK.search(t.s) else {},
-    "change_case:english_lowercase": lambda rng, t, prompt: None if CJK.search(t.s) else {},
-    "change_case:capital_word_frequency": lambda rng, t, prompt: {
-        "capital_frequency": _capital_words(t) + rng.randint(1, min(3, n)), "capital_relation": "at least"} if (
-        not _is_zh(t.s) and (n := len(_content_words(t.s)))) else None,
-    "punctuation:no_comma": lambda rng, t, prompt: {} if re.search("[,，]", t.s) else None,
-}
-
-
-def _one_per_line(s: str) -> str:
-    return "\n".join(" ".join(x.split()) for x in text_of(s).sentences)
-
-
-def _table(s, k, rng):
-    zh, groups = _is_zh(s), _groups(text_of(s).sentences, max(1, k["rows"]))
-    if not all(groups) or k["columns"] < 1:
-        return None
-    number, point, note = ("序号", "内容", "备注") if zh else ("No.", "Point", "Note")
-    names = [number, point, *(f"{note} {i}" for i in range(1, k["columns"] - 1))][-k["columns"]:]
-    cells = lambda i, part: [str(i), part, *["–"] * (k["columns"] - 2)][-k["columns"]:]  # noqa: E731
-    rows = [names, ["---"] * k["columns"], *(cells(i, _glue(g).replace("|", "/")) for i, g in enumerate(groups, 1))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _csv(s, k, rng):
-    import csv
-    import io
-
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    writer.writerow([f"column{i}" for i in range(1, k["columns"])] + ["text"])
-    for i, sentence in enumerate(text_of(s).sentences, 1):
-        writer.writerow([*range(i, i + k["columns"] - 1), " ".join(sentence.split())])
-    return out.getvalue().strip()
-
-
-def _repair_each(constraint_id):
-    """Cut a paragraph in two where it is too long; a sentence or an item that is too long goes."""
-    size = EACH[constraint_id]
-
-    def repair(s, k, rng):
-        if constraint_id.endswith("per_paragraph"):
-            n = next((n for n in range(2, len(text_of(s).sentences) + 1) if max(
-                size(text_of(_regroup(s, n, lambda i, part: part, "\n\n")))) <= k["most"]), 0)
-            return _regroup(s, n, lambda i, part: part, "\n\n")
-        if constraint_id.endswith("per_item") and not _items(text_of(s)):
-            s = "\n".join(f"* {' '.join(x.split())}" for x in text_of(s).sentences)
-        return _shrink(s, lambda x: max(size(text_of(x)), default=0) <= k["most"],
-                       lambda sentence: len(text_of(sentence).words) > k["most"])
-
-    return repair
-
-
-def _repair_in_sentence(s, k, rng):
-    sentences = text_of(s).sentences
-    if k["nth"] > len(sentences):
-        return _append(s, _mention(s, k["keyword"], rng)) if k["nth"] == len(sentences) + 1 else None
-    sentence = sentences[k["nth"] - 1]
-    return s.replace(sentence, _glue([_mention(s, k["keyword"], rng), sentence]), 1)
-
-
-def _repair_starts(s, k, rng):
-    """A different small word before every sentence whose beginning was there already."""
-    seen, adverbs, zh = set(), [w for group in _bank(s)["starters"] for w in group], _is_zh(s)
-    for sentence in text_of(s).sentences:
-        start = _starts(text_of(sentence))[0]
-        if start in seen:
-            adverb = next((w for w in adverbs if text_of(w).words[0].casefold() not in seen), None)
-            if adverb is None:
-                return None
-            start = text_of(adverb).words[0].casefold()
-            new = f"{adverb}，{sentence}" if zh else f"{adverb.capitalize()}, {_lower_first(sentence)}"
-            head, _, tail = s.rpartition(sentence)
-            s = head + new + tail
-        seen.add(start)
-    return s
-
-
-def _repair_digits(s, k, rng):
-    names = ["零一二三四五六七八九十", "zero one two three four five six seven eight nine ten".split()][not _is_zh(s)]
-    s = re.sub(r"(?<![\d.,:/-])(?:10|\d)(?![\d:/-]|[.,]\d)", lambda m: names[int(m[0])], s)
-    return _shrink(s, lambda x: not re.search(r"\d", x), lambda sentence: re.search(r"\d", sentence))
-
-
-def _question(s: str) -> str:
-    if _asks(s):
-        return s
-    body = s.rstrip(".!。！ ")
-    return f"你知道{body}吗？" if _is_zh(s) else f"Did you know that {_lower_first(body)}?"
-
-
-def _repair_width(s, k, rng):
-    full, half = "，。！？；：、（）“”【】《》", [*(f"{mark} " for mark in ",.!?;:,"), *'()""[]""']
-    if k["style"] == "half":
-        return re.sub(FULL_MARKS, lambda m: half[full.index(m[0])], s).replace(" \n", "\n").rstrip()
-    return re.sub(f"(?<=[{HAN}{KANA}])[,.!?;:] ?", lambda m: full[",.!?;:".index(m[0][0])], s)
-
-
-def _append_each(key: str):
-    """Append the bank's sentences with numbers, dates or questions up to the bound, or drop such sentences."""
-    def repair(constraint_id):
-        def edit(s, k, rng):
-            enough = lambda x: _complies(constraint_id, k, x)  # noqa: E731
-            if k["relation"] in ("at least", "exactly"):
-                return _grow(s, enough, rng, _bank(s)[key])
-            return _shrink(s, enough, lambda sentence: COUNTS[constraint_id](text_of(sentence)))
-
-        return edit
-
-    return repair
-
-
-REPAIRS |= {
-    **{i: _grow_or_shrink(i, "relation") for i in (
-        "length:characters", "length:chinese_characters", "length:unique_words")},
-    **{i: _repair_each(i) for i in EACH},
-    **{f"content:{key}": _append_each(key)(f"content:{key}") for key in ("numbers", "iso_dates", "questions")},
-    "length:lines": lambda s, k, rng: (
-        _one_per_line(s) if k["relation"] == "at least" else _regroup(s, 1, lambda i, part: part, "\n")),
-    "length:paragraphs": lambda s, k, rng: _regroup(
-        s, k["number"] - (k["relation"] == "less than"), lambda i, part: part, "\n\n"),
-    "format:numbered_list": lambda s, k, rng: _regroup(s, k["number"], lambda i, part: f"{i}. {part}", "\n"),
-    "format:checklist": lambda s, k, rng: _regroup(s, k["number"], lambda i, part: f"- [ ] {part}", "\n"),
-    "keywords:order": lambda s, k, rng: _append(
-        _append(s, _mention(s, k["first"], rng)), _mention(s, k["second"], rng)),
-    "keywords:proximity": lambda s, k, rng: _append(
-        s, rng.choice(_bank(s)["pair"]).format(a=k["first"], b=k["second"])),
-    "keywords:in_sentence": _repair_in_sentence,
-    "keywords:any_of": lambda s, k, rng: _append(s, _mention(s, rng.choice(k["keywords"]), rng)),
-    "keywords:first_word": lambda s, k, rng: _repair_first_word(
-        s, {"num_paragraphs": 1, "nth_paragraph": 1, "first_word": k["word"]}, rng),
-    "keywords:last_word": lambda s, k, rng: _append(s, rng.choice(_bank(s)["closing"]).format(w=k["word"])),
-    "keywords:forbidden_letter": lambda s, k, rng: _shrink(
-        s, lambda x: k["letter"].casefold() not in x.casefold(), lambda x: k["letter"].casefold() in x.casefold()),
-    "content:no_digits": _repair_digits,
-    "content:questions_only": lambda s, k, rng: _glue([_question(x) for x in text_of(s).sentences]),
-    "content:no_questions": lambda s, k, rng: _shrink(
-        s, lambda x: not re.search("[?？]", x), lambda x: re.search("[?？]", x)),
-    "content:unique_sentence_starts": _repair_starts,
-    "content:acrostic": lambda s, k, rng: _one_per_line(s),
-    "punctuation:no_exclamation": lambda s, k, rng: re.sub("！+", "。", re.sub("!+", ".", s)),
-    "punctuation:width": _repair_width,
-    "format:headings": lambda s, k, rng: _regroup(
-        s, k["number"], lambda i, part: f"{'#' * k['level']} {_title(part)}\n\n{part}", "\n\n"),
-    "format:table": _table,
-    "format:code_block": lambda s, k, rng: f"```{k['tag']}\n{s.strip()}\n```",
-    "format:json_keys": lambda s, k, rng: json.dumps(
-        {key: s if i == len(k["keys"]) - 1 else _title(s) for i, key in enumerate(k["keys"])}, ensure_ascii=False),
-    "format:xml": lambda s, k, rng: f"<response>\n{html.escape(s, quote=False)}\n</response>",
-    "format:html_balanced": lambda s, k, rng: "\n".join(
-        f"<p>{html.escape(p, quote=False)}</p>" for p in text_of(s).paragraphs),
-    "format:latex_balanced": lambda s, k, rng: (
-        "\\begin{quote}\n" + re.sub(r"[\\{}$%&#_^~]", "", s) + "\n\\end{quote}"),
-    "format:csv": _csv,
-    "format:key_values": lambda s, k, rng: "\n".join(f"{key}: {_title(s)}" for key in k["keys"][:-1]) + (
-        f"\n{k['keys'][-1]}: " + re.sub("[:：]", " –", _regroup(s, 1, lambda i, part: part, "") or "")),
-    "format:sorted_items": lambda s, k, rng: "\n".join(f"* {i}" for i in sorted(
-        _items(text_of(s)), key=_sort_key)),
-    "language:paragraphs": lambda s, k, rng: f"{_regroup(s, 1, lambda i, part: part, '') or s}\n\n" + rng.choice(
-        _phrases()["zh" if k["languages"][-1].startswith("zh") else "en"]["other"]),
-}
-
-
-def _near_most(i: str):
-    def sample(rng, t, prompt):
-        sizes = sorted(EACH[i](t) or ([] if len(t.sentences) < 2 else EACH["length:words_per_sentence"](t)))
-        return {"most": rng.randint((sizes[-2] if len(sizes) > 1 else sizes[-1] // 2), sizes[-1] - 1)} if (
-            sizes and sizes[-1] > max(sizes[-2:-1], default=1)) else None
-
-    return sample
-
-
-def _new_words(t: Text) -> list[str]:
-    return [w for w in _bank(t.s)["words"] if not _count(t, w)]
-
-
-def _sample_forbidden_letter(rng, t, prompt):
-    found = [c for c in "abcdefghiklmnoprstuvwy" if sum(c in x.lower() for x in t.sentences) == 1]
-    return {"letter": rng.choice(found)} if found and len(t.sentences) > 2 and not _is_zh(t.s) else None
-
-
-SAMPLERS |= {
-    **{i: lambda rng, t, prompt, i=i, n=n: _near(
-        rng, COUNTS[i](t), n if len(t.sentences) > 1 else 0, 2 * n, "relation", "number")
-       for i, n in (("length:characters", 10), ("length:unique_words", 4))},
-    **{i: _near_most(i) for i in EACH},
-    **{f"content:{key}": lambda rng, t, prompt, f=COUNTS[f"content:{key}"]: {
-        "number": f(t) + rng.randint(1, 2), "relation": "at least"} for key in ("numbers", "iso_dates", "questions")},
-    "length:chinese_characters": lambda rng, t, prompt: _near(
-        rng, COUNTS["length:chinese_characters"](t), 5, 12, "relation", "number") if _is_zh(t.s) else None,
-    "length:lines": lambda rng, t, prompt: {"number": rng.randint(2, n), "relation": "at least"} if (
-        n := len(t.sentences)) > 1 else None,
-    "length:paragraphs": lambda rng, t, prompt: {
-        "number": rng.randint(2, min(4, n)), "relation": rng.choice(["exactly", "at least"])} if (
-        n := len(t.sentences)) > 1 else None,
-    **{i: lambda rng, t, prompt: {"number": rng.randint(2, min(5, n)), "relation": "exactly"} if (
-        n := len(t.sentences)) > 1 else None for i in ("format:numbered_list", "format:checklist")},
-    "keywords:order": lambda rng, t, prompt: dict(zip(("first", "second"), rng.sample(_new_words(t), 2), strict=True)),
-    "keywords:proximity": lambda rng, t, prompt: dict(zip(
-        ("first", "second"), rng.sample(_new_words(t), 2), strict=True)) | {"distance": rng.randint(2, 5)},
-    "keywords:in_sentence": lambda rng, t, prompt: {
-        "keyword": rng.choice(_new_words(t)), "nth": rng.randint(1, len(t.sentences) + 1)},
-    "keywords:any_of": lambda rng, t, prompt: {"keywords": rng.sample(_new_words(t), 3)},
-    "keywords:first_word": lambda rng, t, prompt: {"word": rng.choice(_bank(t.s)["starters"][0])},
-    "keywords:last_word": lambda rng, t, prompt: {"word": rng.choice(_new_words(t))},
-    "keywords:forbidden_letter": _sample_forbidden_letter,
-    "content:no_digits": lambda rng, t, prompt: {} if re.search(r"\d", t.s) else None,
-    "content:questions_only": lambda rng, t, prompt: {} if 0 < len(t.sentences) < 5 and all(_is_zh(x) or re.match(
-        r"(?:The|A|An|This|These|It|They|Many|Most|Some|People|There|You|We)\b", x) for x in t.sentences) else None,
-    "content:no_questions": lambda rng, t, prompt: {} if re.search("[?？]", t.s) and len(t.sentences) > 1 else None,
-    "content:unique_sentence_starts": lambda rng, t, prompt: {} if len(t.sentences) > len(set(_starts(t))) else None,
-    "content:acrostic": lambda rng, t, prompt: {"word": "".join(x[0] for x in _starts(t)).upper()} if (
-        1 < len(t.sentences) < 7) else None,
-    "punctuation:no_exclamation": lambda rng, t, prompt: {} if re.search("[!！]", t.s) else None,
-    "punctuation:width": lambda rng, t, prompt: {
-        "style": "half" if re.search("[，。！？；：]", t.s) else "full"} if CJK.search(t.s) else None,
-    "format:headings": lambda rng, t, prompt: {
-        "number": rng.randint(1, min(3, n)), "level": rng.randint(1, 3)} if (n := len(t.sentences)) else None,
-    "format:table": lambda rng, t, prompt: {"columns": 2, "rows": rng.randint(2, min(4, n))} if (
-        n := len(t.sentences)) > 1 else None,
-    "format:code_block": lambda rng, t, prompt: {"tag": rng.choice(["text", "markdown", "plain"])},
-    "format:json_keys": lambda rng, t, prompt: {"keys": rng.choice(_bank(t.s)["key_sets"])},
-    "format:csv": lambda rng, t, prompt: {"columns": 2},
-    "format:key_values": lambda rng, t, prompt: {"keys": rng.choice(_bank(t.s)["key_sets"])},
-    "format:sorted_items": lambda rng, t, prompt: {} if len(_items(t)) > 1 else None,
-    "language:paragraphs": lambda rng, t, prompt: {"languages": ["zh-cn", "en"] if _is_zh(t.s) else ["en", "zh-cn"]},
-}
+def _draw(rng: random.Random, language: str, words, kind: str, *choices):
+    """One argument of type `kind`. `choices` stand in data/constraints.jsonl: a range, values, or values per language.
+
+    `words` is a stream of different words, so that two words of one constraint are never the same.
+    """
+    if kind == "count":
+        return rng.randint(*choices)
+    if kind == "letter":
+        return rng.choice("abcdefghiklmnoprstuvwy")
+    if choices and isinstance(choices[0], dict):
+        return rng.choice(choices[0][language])
+    if kind == "words":
+        return [next(words) for _ in range(rng.randint(*choices))]
+    if kind == "text":
+        return next(words)
+    return rng.choice(choices)
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """One kind of constraint, as an instruction asks for it."""
+    """One type of constraint, as an instruction asks for it."""
 
     id: str
-    order: int  # repairs are applied from low to high: words, lengths, structure, marks, edges, case, wrappers
+    arguments: dict[str, list]  # name -> [type, what it is drawn from ...]
+    languages: list[str]  # of the requests that it suits
     conflicts: frozenset[str]  # ids never combined with this one, itself included
     wordings: dict[str, list[str]]
-    plans: dict[str, list[str]]
     example: dict
 
     def check(self, kwargs: dict, response: str, **options) -> bool:
         return check(self.id, kwargs, response, **options)
 
-    def sample(self, rng: random.Random, draft: str, language: str, prompt: str = "") -> dict | None:
-        """Arguments that fit the draft, None if this kind does not (repeat_prompt fits only if given the prompt)."""
-        if not draft.strip() or _is_zh(draft) != (language == "zh"):
-            return None
-        return SAMPLERS[self.id](rng, text_of(draft), prompt) if self.id in SAMPLERS else {}
+    def sample(self, rng: random.Random, language: str, prompt: str = "") -> dict | None:
+        """Random arguments for a request in "en" or "zh"; None if the type does not suit it.
 
-    def repair(self, text: str, kwargs: dict, rng: random.Random) -> str | None:
-        """The text with the smallest edit that makes it pass, or None."""
-        kwargs = _arguments(self.id, kwargs)
-        if not text.strip() or _complies(self.id, kwargs, text):
-            return text if text.strip() else None
-        edited = REPAIRS[self.id](text, kwargs, rng) if self.id in REPAIRS else None
-        return edited if edited and _complies(self.id, kwargs, edited) else None
+        `prompt` is the request itself, for a type that quotes it.
+        """
+        kinds = [spec[0] for spec in self.arguments.values()]
+        if language not in self.languages or ("prompt" in kinds and not prompt.strip()):
+            return None
+        bank = _phrases()["words"][language]
+        words = iter(rng.sample(bank, len(bank)))
+        return {name: prompt if spec[0] == "prompt" else _draw(rng, language, words, *spec)
+                for name, spec in self.arguments.items()}
 
 
 def _load_constraints() -> dict[str, Constraint]:
@@ -1487,8 +931,8 @@ def _load_constraints() -> dict[str, Constraint]:
     tags = {i: {i.split(":")[1], *row["tags"]} for i, row in rows.items()}
     conflicts = {i: frozenset(j for j in rows if tags[i] & tags[j] or tags[i] & set(rows[j]["avoids"])
                               or tags[j] & set(rows[i]["avoids"])) for i in rows}
-    return {i: Constraint(i, row["order"], conflicts[i], row["wordings"], row["plans"], row["example"])
-            for i, row in rows.items()}
+    return {i: Constraint(i, row["arguments"], row.get("languages", ["en", "zh"]), conflicts[i], row["wordings"],
+                          row["example"]) for i, row in rows.items()}
 
 
 CONSTRAINTS: dict[str, Constraint] = _load_constraints()
@@ -1517,9 +961,14 @@ def _join(items: list[str], zh: bool) -> str:
     return ("、" if zh else ", ").join(items[:-1]) + last + items[-1]
 
 
-def _fill(templates: list[str], kwargs: dict, language: str, variant: int) -> str:
-    zh, shown = language == "zh", {}
-    for name, value in kwargs.items():
+ONE = re.compile(r"\b1 ((?:[a-zA-Z]+ )?(?:word|sentence|paragraph|time|point|part|section|placeholder|phrase|line|"
+                 r"heading|item|column|row|character|date|number|question|field|figure|box|spot|slot))e?s\b")
+
+
+def render(constraint_id: str, kwargs: dict, language: str, variant: int) -> str:
+    """The constraint as a sentence for the user's instruction: wording number `variant`, in "en" or "zh"."""
+    wordings, zh, shown = CONSTRAINTS[constraint_id].wordings[language], language == "zh", {}
+    for name, value in _arguments(constraint_id, kwargs).items():
         if name in ("language", "languages"):
             codes = [value] if name == "language" else value
             value = _join([LANGUAGE_NAMES.get(code, f"{code} {code}").split()[zh] for code in codes], zh)
@@ -1529,24 +978,11 @@ def _fill(templates: list[str], kwargs: dict, language: str, variant: int) -> st
             value = VALUES_ZH[value]
         shown[name] = value
     words = r"keyword|word|first|second|first_word"  # single words stand in quotes, as lists of them do
-    template = re.sub(rf'["“]?{{({words})}}["”]?', "“{\\1}”" if zh else '"{\\1}"', templates[variant % len(templates)])
+    quoted = "“{\\1}”" if zh else '"{\\1}"'
+    template = re.sub(rf'["“]?{{({words})}}["”]?', quoted, wordings[variant % len(wordings)])
     counts = {name: value if isinstance(value, int) else f"{{{name}}}" for name, value in shown.items()}
     text = ONE.sub(lambda m: f"1 {m[1]}", template.format(**counts))  # not in what is quoted
     return re.sub(r"\{(\w+)\}", lambda m: str(shown.get(m[1], m[0])), text)
-
-
-ONE = re.compile(r"\b1 ((?:[a-zA-Z]+ )?(?:word|sentence|paragraph|time|point|part|section|placeholder|phrase|line|"
-                 r"heading|item|column|row|character|date|number|question|field|figure|box|spot|slot))e?s\b")
-
-
-def render(constraint_id: str, kwargs: dict, language: str, variant: int) -> str:
-    """The constraint as a sentence for the user's instruction: wording number `variant`, in "en" or "zh"."""
-    return _fill(CONSTRAINTS[constraint_id].wordings[language], _arguments(constraint_id, kwargs), language, variant)
-
-
-def plan(constraint_id: str, kwargs: dict, language: str, variant: int) -> str:
-    """A short first-person thought that works through the constraint, for expert answers."""
-    return _fill(CONSTRAINTS[constraint_id].plans[language], _arguments(constraint_id, kwargs), language, variant)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,11 +24,11 @@ from rewards import InputError, read_records
 @dataclass
 class Config:
     model: str = m.DEFAULT_MODEL  # hub name, local folder, or smollm2-135m
-    records: str = "runs/evolve/train.jsonl"  # records with an `expert` answer; data/train.jsonl if evolve.py never ran
+    records: str = "runs/evolve/train.jsonl"  # records with an `expert` answer; data/teacher.jsonl without evolve.py
     out: str = "runs/sft"  # run folder
     family: Literal["cold", "warm"] = "cold"  # answer format: think and answer tags, or think tags alone (R1 style)
     max_examples: int = 0  # train on the first N examples only; 0 = all
-    epochs: int = 3  # passes over the training split
+    epochs: int = 1  # passes over the training split
     batch_size: int = 8  # sequences an update, over all processes
     lr: float = 1e-4  # peak learning rate
     warmup: float = 0.05  # share of all updates with linear warm-up; then cosine
@@ -54,7 +54,7 @@ PRESETS = {
 
 def load_examples(cfg: Config, tokenizer):
     """(train, validation) lists of (token ids, response start); the split depends on the seed and the file."""
-    path = m.records_path(cfg.records, Config.records)
+    path = m.records_path(cfg.records, Config.records, "teacher")
     records = [record for record in read_records(path) if record.get("expert")]
     if not records:
         raise InputError(f"{path}: no record has the field 'expert'; nothing to clone: run python evolve.py, or give "

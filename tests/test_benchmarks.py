@@ -438,7 +438,16 @@ def fakes(monkeypatch, tmp_path):
 
     monkeypatch.setattr(evaluate, "load_model", fake_load)
     monkeypatch.setattr(evaluate, "make_engine", lambda backend, model, *args, **kwargs: engines[model.name])
+    def fake_chat(name, **_):
+        def chat(conversations, *, n, max_tokens, temperature, seed, **_):
+            prompts = [fake_prompt(None, messages, "io").ids for messages in conversations]
+            return engines.setdefault(name, FakeEngine(name)).generate(
+                prompts, n=n, max_tokens=max_tokens, temperature=temperature, seeds=[seed] * len(prompts))
+
+        return SimpleNamespace(chat=chat)
+
     monkeypatch.setattr(evaluate, "render_prompt", fake_prompt)
+    monkeypatch.setattr(evaluate, "open_chat", fake_chat)
     monkeypatch.chdir(tmp_path)
     return engines
 
@@ -516,7 +525,9 @@ def test_served_model_and_served_judge(fakes, monkeypatch):
             return [[Completion([], text, "stop", None)] for _ in conversations]
 
     monkeypatch.setattr(evaluate, "Endpoint", Served)
-    evaluate.main(["--benchmarks", "infobench", *FLAGS, "--method", "cot", "--model-url", "u", "--judge-url", "u"])
+    monkeypatch.setattr(evaluate, "open_chat", lambda name, **_: Served("u", evaluate.split_address(name)[0]))
+    served = [f"{name}@http://u" if name in ("m", "judge") else name for name in FLAGS]
+    evaluate.main(["--benchmarks", "infobench", *served, "--method", "cot"])
     cell = json.loads(Path("runs/benchmarks/report.json").read_text("utf-8"))["benchmarks"]["infobench"]["CoT"]
     assert (cell["drfr"], cell["thought_tokens"], cell["answer_tokens"]) == (1, 2, 3) and not fakes
     assert [messages[0]["role"] for name, messages in talks if name == "m"] == ["system"] * 2

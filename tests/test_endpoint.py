@@ -17,6 +17,53 @@ import model as m
 from rewards import EndpointJudge, InputError
 
 
+@pytest.mark.parametrize("given, name, url", [
+    ("smollm2-135m", "smollm2-135m", ""), ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct", ""),
+    ("toy@http://127.0.0.1:8000/v1", "toy", "http://127.0.0.1:8000/v1"), ("./runs/a@b", "./runs/a@b", ""),
+    ("org/model@https://user@host/v1", "org/model", "https://user@host/v1"),
+])
+def test_a_model_is_served_where_its_name_says_so(given, name, url):
+    assert m.split_address(given) == (name, url)
+    chat = m.open_chat(given)
+    assert isinstance(chat, m.Endpoint if url else m.LocalChat)
+
+
+def test_a_served_model_cannot_be_trained():
+    with pytest.raises(InputError, match="a served model cannot be loaded"):
+        m.load_model("toy@http://127.0.0.1:8000/v1")
+
+
+def said(text):
+    return [{"role": "user", "content": text}]
+
+
+def test_a_local_model_answers_like_an_endpoint_and_keeps_finished_chunks(tiny, tmp_path, monkeypatch):
+    talks = [said(f"Name {word}.") for word in "red blue green white black".split()]
+    settings = {"n": 2, "max_tokens": 6, "temperature": 1.0, "seed": 3}
+    monkeypatch.setattr(m.LocalChat, "CHUNK", 2)
+    chat = m.LocalChat(str(tiny), precision="fp32", cache=tmp_path)
+    replies = chat.chat(talks, **settings)
+    texts = [[completion.text for completion in group] for group in replies]
+    assert [len(group) for group in replies] == [2] * 5 and texts[0][0] != texts[0][1]
+    assert len(list(tmp_path.rglob("*.json"))) == 3 and chat.tokens["completion_tokens"] > 20
+    again = m.LocalChat(str(tiny), precision="fp32", cache=tmp_path)
+    monkeypatch.setattr(m, "load_model", lambda *_, **__: pytest.fail("a finished chunk was generated twice"))
+    assert again.chat(talks, **settings) == [
+        [m.Completion([], c.text, c.finish_reason) for c in group] for group in replies]
+    assert again.tokens == chat.tokens
+    monkeypatch.undo()
+    alone = m.LocalChat(str(tiny), precision="fp32").chat(talks[2:3], **settings)  # no neighbour changes a reply
+    assert [completion.text for completion in alone[0]] == texts[2]
+    other = m.LocalChat(str(tiny), precision="fp32").chat(talks[2:3], **settings | {"seed": 4})
+    assert [completion.text for completion in other[0]] != texts[2]
+
+
+def test_a_conversation_without_room_for_an_answer_gets_a_blank_reply(tiny):
+    chat = m.LocalChat(str(tiny), precision="fp32")
+    [long], [short] = chat.chat([said("x y z " * 900), said("Name red.")], max_tokens=8, temperature=0.0)
+    assert (long.text, long.finish_reason) == ("", "refused") and short.finish_reason in ("stop", "length")
+
+
 class Faulty(JsonHandler):
     """Answers with the last word of the last message; a share of the requests meets a fault first."""
 

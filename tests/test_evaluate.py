@@ -325,6 +325,24 @@ def test_summary_without_ood_has_an_empty_split():
     assert report["difficulty"]["kinds_above_90"] == ["x"]
 
 
+def test_lift_is_the_share_met_minus_chance_in_each_split():
+    def item(met):
+        return {"strict": [met], "loose": [met], "kinds": ["x"], "format_ok": None, "truncated": False,
+                "thought_tokens": 0, "answer_tokens": 3, "repetition": 0.0}
+
+    settings = {"seconds": 1.0, "perplexity": None}
+    chances = {"a": 0.1, "b": 0.3, "c": 0.05}
+    records = [record(key, [TEA], chance=chance, ood=key == "c") for key, chance in chances.items()]
+    rows = {"I/O": (settings, [item(True), item(False), item(True)])}
+    report = summarise(records, rows, resamples=100)
+    lifts = {split: report["rows"]["I/O"][split]["lift"]["share"] for split in evaluate.SPLITS}
+    assert lifts == pytest.approx({"all": 2 / 3 - 0.15, "in-distribution": 0.5 - 0.2, "ood": 1 - 0.05})
+    assert report["chance"] == pytest.approx({"all": 0.15, "in-distribution": 0.2, "ood": 0.05})
+    del records[1]["chance"]  # a record without: there is no lift, rather than a wrong one
+    report = summarise(records, rows, resamples=100)
+    assert "lift" not in report["rows"]["I/O"]["all"] and report["chance"]["all"] is None
+
+
 def test_every_setting_has_a_comment():
     import inspect
 

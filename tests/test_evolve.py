@@ -1,127 +1,212 @@
-"""Stage 1 with a scripted draft writer: what is kept is right, the split is clean, the run is repeatable."""
+"""Stage 1 with the recorded teacher, and what does not need a model: reading, splitting, cleaning, converting."""
 
+import hashlib
 import json
-import random
+from collections import Counter
 
 import pytest
+from conftest import ROOT
 
 import evolve
 from model import read_jsonl
-from rewards import CONSTRAINTS, InputError, check, compatible, parse_response, read_records, render, score
+from rewards import CONSTRAINTS, InputError, check, compatible, parse_response, read_records, score
 
-OPENINGS = [
-    "A calm morning is the best time to begin with this.",
-    "Most people find that a little patience helps here.",
-    "My neighbour once showed me a simple and cheap solution.",
-    "There are many ways to look at this small question.",
-]
-MIDDLES = [
-    "First, gather what is on the table, and keep the window open.",
-    "The garden, the kitchen and the old street all play their part in it.",
-    "A good friend can share the work, so the whole day feels lighter.",
-    "Warm water and a soft cloth are often enough for the task.",
-]
-ENDINGS = ["In the evening, everything looks bright again.", "Later you will be glad that you took the time."]
-
-
-def fake_drafts(requests, seeds):
-    """Three plain sentences per request, the same for the same seed; every ninth draft is a list (to be dropped)."""
-    texts = []
-    for seed in seeds:
-        rng = random.Random(seed)
-        texts.append(
-            " ".join(rng.choice(part) for part in (OPENINGS, MIDDLES, ENDINGS)) if seed % 9 else "- a\n- b\n- c"
-        )
-    return texts
+FILES = {name: read_records(ROOT / "data" / f"{name}.jsonl") for name in ("teacher", "rl", "dev", "heldout")}
+MORE = read_records(ROOT / "data" / "teacher_more.jsonl")
 
 
 @pytest.fixture(scope="module")
-def run_evolve(tmp_path_factory):
-    def run(name, *flags, generator=fake_drafts):
-        folder = tmp_path_factory.mktemp(name)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(evolve, "local_generator", lambda cfg: generator)
-            evolve.main(["--out", str(folder), *flags])
-        return folder
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def folder(run_evolve):
-    return run_evolve("en", "--limit", "60")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recorded")
+    evolve.main(["--out", str(folder)])
+    return folder
 
 
 @pytest.fixture(scope="module")
 def files(folder):
-    return read_records(folder / "train.jsonl"), read_records(folder / "heldout.jsonl")
+    return {split: read_records(folder / f"{split}.jsonl") for split in evolve.SPLITS}
 
 
-def test_every_expert_scores_three(files):
-    for records in files:
-        assert [s.total for s in score(records, [r["expert"] for r in records])] == [3.0] * len(records)
+def instructions(records):
+    return [record for record in records if record["task"] == "instruction"]
 
 
-def test_ood_kinds_never_train(files):
-    train, heldout = files
-    assert len(set(evolve.OOD_KINDS)) >= 5 and set(evolve.OOD_KINDS) < set(CONSTRAINTS)
-    trained = {c["id"] for r in train for c in r.get("constraints", [])}
-    assert trained and not trained & set(evolve.OOD_KINDS)
-    for record in heldout:
-        assert record["ood"] == any(c["id"] in evolve.OOD_KINDS for c in record["constraints"])
-    assert {record["ood"] for record in heldout} == {True, False}
+def funnel_of(folder):
+    return {row["name"]: row for row in read_jsonl(folder / "metrics.jsonl")}
 
 
-def test_split_shares_no_request_and_no_wording(files):
-    instructions = [[r for r in records if r["task"] == "instruction"] for records in files]
-    seeds = [{r["seed"] for r in records} for records in instructions]
-    assert seeds[0] and seeds[1] and not seeds[0] & seeds[1]
-    for record in instructions[0] + instructions[1]:
-        for c in record["constraints"]:
-            total = len(CONSTRAINTS[c["id"]].wordings[record["language"]])
-            reserved = range(total - max(1, total // 3), total)
-            texts = {render(c["id"], c["kwargs"], record["language"], v) for v in reserved}
-            assert (c["text"] in texts) == ("ood" in record)
+# ---------------------------------------------------------------- the data
 
 
-def test_instruction_states_request_and_every_constraint(files):
-    requests = {s["id"]: s["text"] for s in evolve.read_seeds(evolve.Config())}
-    for record in [r for records in files for r in records if r["task"] == "instruction"]:
-        instruction = record["messages"][0]["content"]
-        assert requests[record["seed"]] in instruction
-        for c in record["constraints"]:
-            assert c["text"].rstrip(".")[1:] in instruction
-        kinds = [c["id"] for c in record["constraints"]]
-        assert 1 <= len(kinds) == len(set(kinds)) <= 3
+def test_sizes_and_splits_of_the_shipped_rows():
+    assert {name: len(rows) for name, rows in FILES.items()} == {"teacher": 450, "rl": 192, "dev": 120, "heldout": 300}
+    splits = {"teacher": "train", "rl": "rl", "dev": "dev", "heldout": "heldout"}
+    for name, rows in FILES.items():
+        assert {row["split"] for row in rows} == {splits[name]}
+        assert len({row["id"] for row in rows}) == len({row["messages"][0]["content"] for row in rows}) == len(rows)
+    assert sum("expert" in row for row in FILES["dev"]) == 60
+    assert all("expert" in row for row in FILES["teacher"]) and not any("expert" in row for row in FILES["rl"])
+    yes_no = [c for row in FILES["teacher"] for c in row["constraints"] if "constrained" in c["id"]]
+    assert len(yes_no) >= 25 + 4
 
 
-def test_math_ratio(files):
-    train, heldout = files
-    math = sum(r["task"] == "math" for r in train)
-    assert math == round(evolve.Config().math_ratio * (len(train) - math))
-    assert all(r["task"] == "instruction" for r in heldout)
+@pytest.mark.parametrize("seed", range(5))
+def test_no_request_is_on_two_sides_whatever_the_seed(seed, tmp_path):
+    evolve.main(["--out", str(tmp_path), "--seed", str(seed), "--limit", "25"])
+    records = {split: instructions(read_records(tmp_path / f"{split}.jsonl")) for split in evolve.SPLITS}
+    sides = [{(r["seed"], r["request"]) for r in records[split]} for split in evolve.SPLITS]
+    assert all(sides) and sum(map(len, sides)) == len(set.union(*sides))
+    for split, rows in records.items():  # the constant hash and the data agree, so that own requests keep the sides
+        assert all(evolve.split_of(r["seed"]) == split for r in rows if r["seed"].startswith("en-"))
+    ids = {split: [r["id"] for r in rows] for split, rows in records.items()}
+    assert sorted(ids["train"]) == sorted(r["id"] for r in FILES["teacher"][:25])
 
 
-def test_same_seed_same_files_and_finished_drafts_are_kept(run_evolve, folder, monkeypatch):
-    again = run_evolve("again", "--limit", "60")
-    other = run_evolve("other", "--limit", "60", "--seed", "1")
-    names = ["train.jsonl", "heldout.jsonl", "drafts.jsonl", "report.md", "metrics.jsonl"]
-    before = [(folder / name).read_bytes() for name in names]
-    assert [(again / name).read_bytes() for name in names] == before
-    assert (other / "train.jsonl").read_bytes() != before[0]
-    monkeypatch.setattr(evolve, "local_generator", lambda cfg: pytest.fail("drafts were written twice"))
-    evolve.main(["--out", str(folder), "--limit", "60"])
-    assert [(folder / name).read_bytes() for name in names] == before
+def test_ood_types_are_in_held_out_records_alone():
+    assert len(set(evolve.OOD_TYPES)) == 18 and set(evolve.OOD_TYPES) < set(CONSTRAINTS)
+    for name, rows in FILES.items():
+        for row in rows:
+            asked = {c["id"] for c in row["constraints"]}
+            assert bool(asked & set(evolve.OOD_TYPES)) == bool(name == "heldout" and row["ood"])
+    assert sum(row["ood"] for row in FILES["heldout"]) == 100
 
 
-def test_chinese(run_evolve):
-    train = [
-        r for r in read_records(run_evolve("zh", "--language", "zh") / "train.jsonl") if r["task"] == "instruction"
-    ]
-    assert len(train) > 30 and {r["language"] for r in train} == {"zh"}
-    for record in train:
-        answer = record["expert"].split("<answer>\n")[1].removesuffix("\n</answer>")
-        assert all(check(c["id"], c["kwargs"], answer) for c in record["constraints"])
+def test_the_held_out_file_is_frozen_and_chance_is_low():
+    digest, name = (ROOT / "data" / "SHA256SUMS").read_text().split()
+    assert hashlib.sha256((ROOT / "data" / name).read_bytes()).hexdigest() == digest and name == "heldout.jsonl"
+    assert max(row["chance"] for row in FILES["heldout"]) <= 0.1
+
+
+def test_every_expert_scores_three_in_both_modes_and_every_witness_passes():
+    rows = [row for name in FILES for row in FILES[name]]
+    for mode in ("unicode", "compat"):
+        answered = [row for row in rows if "expert" in row]
+        assert {s.total for s in score(answered, [row["expert"] for row in answered], mode=mode)} == {3.0}
+        for row in rows:
+            for c in row["constraints"] if "witness" in row else ():
+                assert check(c["id"], c["kwargs"], row["witness"], mode=mode), row["id"]
+    assert all(("witness" in row) != ("expert" in row) for row in rows)
+
+
+def test_more_rows_hold_all_compositions_judged_constraints_and_chinese():
+    forms = Counter((row["language"], row["composition"]) for row in MORE)
+    structured = {language: sum(n for (own, form), n in forms.items() if own == language and form != "and")
+                  for language in ("en", "zh")}
+    assert structured == {"en": 20, "zh": 10} and len(forms) == 8
+    judged = [row["id"] for row in MORE for c in row["constraints"]
+              if row["composition"] == "and" and c["kind"] == "judge"]
+    assert len(set(judged)) == 20 and forms["zh", "and"] == 20
+    scores = score(MORE, [row["expert"] for row in MORE], judge=lambda items: [True] * len(items))
+    assert {s.total for s in scores} == {3.0}
+    for row in MORE:
+        depends, active = ([c[name] for c in row["constraints"]] for name in ("depends_on", "active"))
+        assert (not all(active)) == ("condition" in row)
+        if row["composition"] in ("chain", "nested"):
+            assert any(depends), row["id"]
+        if row["composition"] == "selection":
+            assert "condition" in row
+
+
+# ---------------------------------------------------------------- the recorded teacher
+
+
+def test_the_default_run_keeps_every_row_and_adds_math(files, folder):
+    funnel = funnel_of(folder)
+    for split, name in (("train", "teacher"), ("rl", "rl"), ("dev", "dev"), ("heldout", "heldout")):
+        assert sorted(r["id"] for r in instructions(files[split])) == sorted(r["id"] for r in FILES[name])
+    assert funnel["comparison"] == {"step": 3, "name": "comparison", evolve.NOT_ASKED: 1062}  # nobody was asked
+    assert funnel["expert"]["kept"] == 510 and funnel["expert"][evolve.NOT_ASKED] == 552
+    for name in ("hallucination", "undefined", "contradiction", "unsafe"):
+        assert "kept" not in funnel[f"filter: {name}"]
+    math = {split: [r for r in files[split] if r["task"] == "math"] for split in files}
+    assert len(math["rl"]) == 19 and len(math["train"]) == 45 and not math["dev"] + math["heldout"]
+    assert not {r["id"] for r in math["rl"]} & {r["id"] for r in math["train"]}
+    originals = {row["id"]: row for row in FILES["teacher"] + FILES["heldout"]}
+    for record in instructions(files["train"]) + files["heldout"]:
+        assert record["messages"] == originals[record["id"]]["messages"]
+    for record in instructions(files["train"]):
+        assert record["expert"] == originals[record["id"]]["expert"]
+
+
+def test_the_same_seed_gives_the_same_files(folder, tmp_path):
+    evolve.main(["--out", str(tmp_path)])
+    for name in ("train.jsonl", "rl.jsonl", "dev.jsonl", "heldout.jsonl", "report.md", "metrics.jsonl"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def recorded(tmp_path, rows, *flags):
+    """The funnel after a run on these recorded rows."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    evolve.main(["--recorded", str(path), "--out", str(tmp_path / "out"), *flags])
+    return funnel_of(tmp_path / "out")
+
+
+def test_a_recorded_row_goes_through_the_checks_of_any_reply(tmp_path):
+    good, conflict, wrong, untagged, prompt, witness = (json.loads(json.dumps(row)) for row in (
+        FILES["teacher"][0], FILES["teacher"][1], FILES["teacher"][2], FILES["teacher"][3], FILES["rl"][0],
+        FILES["rl"][1]))
+    code = {"kind": "code", "kwargs": {}, "text": "x", "depends_on": [], "active": True}
+    conflict["constraints"] = [code | {"id": f"change_case:english_{case}"} for case in ("capital", "lowercase")]
+    wrong["constraints"] = [code | {"id": "keywords:last_word", "kwargs": {"word": "zebra"}}]
+    untagged["expert"] = "An answer without any thought."
+    witness["witness"] = ""
+    funnel = recorded(tmp_path, [good, conflict, wrong, untagged, prompt, witness], "--math-ratio", "0")
+    assert funnel["constraints"]["none fits, or they conflict"] == 1
+    assert funnel["expert"]["no answer passed the code checks"] == 2
+    assert funnel["expert"]["its witness fails the checks"] == 1
+    kept = {split: [r["id"] for r in read_records(tmp_path / "out" / f"{split}.jsonl")] for split in ("train", "rl")}
+    assert kept == {"train": [good["id"]], "rl": [prompt["id"]]}
+
+
+def test_all_compositions_go_through_and_judge_questions_count_as_not_asked(tmp_path):
+    funnel = recorded(tmp_path, MORE)
+    asked = sum(c["kind"] == "judge" and c["active"] for row in MORE for c in row["constraints"])
+    assert funnel["judge questions"] == {"step": funnel["judge questions"]["step"], "name": "judge questions",
+                                         evolve.NOT_ASKED: asked}
+    train = instructions(read_records(tmp_path / "out" / "train.jsonl"))
+    assert {r["id"] for r in train} == {r["id"] for r in MORE}
+
+
+def test_two_recorded_rows_of_one_id_and_an_unknown_split_are_named(tmp_path):
+    row = FILES["teacher"][0]
+    with pytest.raises(InputError, match=":2: field 'id'"):
+        recorded(tmp_path, [row, row])
+    with pytest.raises(InputError, match="'split': 'test'"):
+        recorded(tmp_path, [row | {"split": "test"}])
+
+
+@pytest.mark.parametrize("given, message", [
+    (["--seeds", "mine.jsonl"], "--llm NAME@URL .* --llm NAME .*--recorded FILE"), (["--expert", "a"], "--llm"),
+    (["--judge", "a"], "--llm"), (["--recorded", "a", "--llm", "b"], "give one"),
+])
+def test_flags_that_need_each_other(given, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        evolve.main([*given, "--out", str(tmp_path)])
+
+
+def test_constraints_that_the_conflict_table_keeps_apart_are_not_consistent():
+    code = {"kind": "code", "kwargs": {}, "text": "x", "depends_on": [], "active": True}
+    pair = [code | {"id": "change_case:english_capital"}, code | {"id": "change_case:english_lowercase"}]
+    assert not evolve.consistent({"constraints": pair}) and not compatible([c["id"] for c in pair])
+    pair[1]["depends_on"] = [0]  # a later step on the product of an earlier one
+    assert evolve.consistent({"constraints": pair})
+    pair[1] |= {"active": False, "depends_on": []}  # another branch
+    assert evolve.consistent({"constraints": pair}) and not evolve.consistent({"constraints": []})
+
+
+def test_an_empty_outcome_is_a_clear_message(tmp_path):
+    row = FILES["teacher"][0] | {"expert": "no tags"}
+    with pytest.raises(InputError, match="none came through; the funnel in .*report.md"):
+        recorded(tmp_path, [row])
+    assert "no answer passed the code checks" in (tmp_path / "out" / "report.md").read_text("utf-8")
+
+
+# ---------------------------------------------------------------- requests
+
+
+def seeds_of(cfg):
+    return evolve.read_seeds(cfg, Counter())
 
 
 def test_near_duplicates_are_dropped_and_counted():
@@ -131,31 +216,10 @@ def test_near_duplicates_are_dropped_and_counted():
         "Write a short note about the old bridge in our town, thanks.",
         "How do bees make honey?",
     ]
-    funnel = {"requests": evolve.Counter()}
-    kept = evolve.drop_duplicates([{"text": text} for text in texts], funnel)
+    counts = Counter()
+    kept = evolve.drop_duplicates([{"text": text} for text in texts], counts)
     assert [seed["text"] for seed in kept] == [texts[0], texts[3]]
-    assert funnel["requests"] == {"exact duplicate": 1, "near duplicate": 1}
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        (
-            "One plain sentence stands here with enough words. And it never ends",
-            "One plain sentence stands here with enough words.",
-        ),
-        (
-            "I asked Mrs. Miller about the old tree near the station.",
-            "I asked Mrs. Miller about the old tree near the station.",
-        ),
-        ("A tale, a tale, a tale, a tale, a tale, a tale, a tale.", None),
-        ("Here is a list:\n1. One thing.\n2. Another thing.", None),
-        ("As an AI, there is nothing that I would like to say about that.", None),
-    ],
-)
-def test_cut_draft(text, expected):
-    draft, reason = evolve.cut_draft(text, "en", 45)
-    assert draft == expected and (draft is None) == bool(reason)
+    assert counts == {"exact duplicate": 1, "near duplicate": 1}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +229,6 @@ def test_cut_draft(text, expected):
         (["{"], ":1: is not JSON"),
         ([{"id": "a", "language": "en", "text": "Why?"}, {"id": "b", "language": "en"}], ":2: field 'text'"),
         ([{"id": "a", "language": "fr", "text": "Pourquoi ?"}], ":1: field 'language'"),
-        ([{"id": "a", "language": "zh", "text": "为什么？"}], ":1: field 'draft'"),
         ([{"id": "a", "language": "en", "text": "Why?"}] * 2, ":2: field 'id'"),
     ],
 )
@@ -173,60 +236,7 @@ def test_bad_seed_line_is_named(tmp_path, lines, message):
     path = tmp_path / "seeds.jsonl"
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), "utf-8")
     with pytest.raises(InputError, match=message):
-        evolve.read_seeds(evolve.Config(seeds=str(path)))
-
-
-@pytest.fixture(scope="module")
-def full(run_evolve):
-    folder = run_evolve("all", "--kinds", "all", "--language", "both", "--compositions", "all")
-    return [r for name in ("train", "heldout") for r in read_records(folder / f"{name}.jsonl") if r["task"] != "math"]
-
-
-def test_all_kinds_compositions_and_languages(full):
-    assert {c["id"] for r in full for c in r["constraints"] if c["active"]} == set(CONSTRAINTS)
-    forms = {(r["language"], r["composition"]) for r in full}
-    assert forms == {(language, form) for language in ("en", "zh") for form in evolve.COMPOSITIONS}
-
-
-def test_every_active_constraint_holds_and_branches_are_what_the_condition_says(full):
-    """Re-checked from the record alone: no helper of evolve.py has a say."""
-    seen = set()
-    for record in full:
-        prompt, answer = record["messages"][0]["content"], parse_response(record["expert"]).answer
-        active = [c for c in record["constraints"] if c["active"]]
-        assert all(check(c["id"], c["kwargs"], answer, prompt=prompt) for c in active)
-        first = record["constraints"]
-        depends = [c["depends_on"] for c in first]
-        if record["composition"] == "and":
-            assert len(active) == len(first) and not any(depends) and "condition" not in record
-            continue
-        for c in first:
-            assert c["text"].rstrip(".。")[1:] in prompt
-        if record["composition"] == "chain":
-            assert depends == [[i - 1] if i else [] for i in range(len(first))] and len(first) > 1
-            continue
-        condition, rest = record["condition"], prompt.split("\n\n", 1)[1]
-        request = rest.split(":" if record["language"] == "en" else "：", 1)[1]
-        if "question mark" in condition["if"] or "问号" in condition["if"]:
-            assert condition["holds"] == request.endswith(("?", "？"))
-        if "comma" in condition["if"] or "逗号" in condition["if"]:
-            assert condition["holds"] == ("," in request or "，" in request)
-        assert condition["if"] in prompt and condition["why"] in record["expert"]
-        off = [i for i, c in enumerate(first) if not c["active"]]
-        assert compatible([c["id"] for c in first[:-3]] + [first[off[0]]["id"]])
-        assert len(off) == 1 and off[0] >= len(first) - (3 if record["composition"] == "nested" else 2)
-        assert (off[0] == len(first) - 1) == condition["holds"]  # the branch after "otherwise" comes last
-        if record["composition"] == "nested":
-            assert any(depends) and all(first[j]["active"] for d in depends for j in d)
-        seen.add((record["composition"], condition["holds"]))
-    assert len(seen) == 4
-
-
-def test_up_to_five_constraints(run_evolve):
-    weights = [flag for n, weight in enumerate("00011", 1) for flag in (f"--weight-{n}", weight)]
-    folder = run_evolve("five", "--language", "zh", "--kinds", "all", *weights, "--heldout", "10", "--ood", "0")
-    sizes = [len(r["constraints"]) for r in read_records(folder / "train.jsonl") if r["task"] == "instruction"]
-    assert max(sizes) == 5 and sizes.count(4) + sizes.count(5) > len(sizes) / 2
+        seeds_of(evolve.Config(seeds=str(path)))
 
 
 def write(path, rows):
@@ -249,24 +259,24 @@ def test_requests_of_other_forms(tmp_path):
         {"prompt": "Do it."},
         {"prompt": "is it so, " * 400},
     ]
-    counts = evolve.Counter()
-    cfg = evolve.Config(seeds=write(tmp_path / "mixed.jsonl", rows), language="both")
+    counts = Counter()
+    cfg = evolve.Config(seeds=write(tmp_path / "mixed.jsonl", rows))
     texts = [seed["text"] for seed in evolve.read_seeds(cfg, counts)]
     assert texts == ["How do I dry herbs at home?", "Why is the sky blue in the day?",
                      "Sort these words for me.\n\npear, apple, fig", "Write it in plain words.\n\nUtilise the lift.",
                      "Name a good tool for the garden."]
-    assert counts["toxic"] == counts["other language"] == counts["Chinese, and no model to answer it"] == 1
+    assert counts["toxic"] == counts["other language"] == counts["not in --language"] == 1
     assert counts["too short"] + counts["too long"] + counts["other language"] == 3
-    cfg = evolve.Config(seeds=cfg.seeds, language="zh", llm="toy")
-    assert [seed["text"] for seed in evolve.read_seeds(cfg)] == [rows[6]["prompt"]]
+    cfg = evolve.Config(seeds=cfg.seeds, language="zh")
+    assert [seed["text"] for seed in seeds_of(cfg)] == [rows[6]["prompt"]]
 
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
     parquet.write_table(pyarrow.Table.from_pylist([{"conversation": chat}]), tmp_path / "chat.parquet")
     (tmp_path / "list.json").write_text(json.dumps(rows[2:4]))
-    assert len(evolve.read_seeds(evolve.Config(seeds=str(tmp_path / "chat.parquet")))) == 1
-    assert len(evolve.read_seeds(evolve.Config(seeds=str(tmp_path / "list.json")))) == 2
+    assert len(seeds_of(evolve.Config(seeds=str(tmp_path / "chat.parquet")))) == 1
+    assert len(seeds_of(evolve.Config(seeds=str(tmp_path / "list.json")))) == 2
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -283,7 +293,7 @@ def test_bad_rows_of_other_forms_are_named(tmp_path, name, content, message):
     if content is not None:
         path.write_text(content)
     with pytest.raises(InputError, match=message):
-        evolve.read_seeds(evolve.Config(seeds=str(path)))
+        seeds_of(evolve.Config(seeds=str(path)))
 
 
 def test_a_data_set_of_the_hub_is_streamed(monkeypatch):
@@ -294,19 +304,29 @@ def test_a_data_set_of_the_hub_is_streamed(monkeypatch):
         return ({"conversation": [{"role": "user", "content": f"What is the name of star {i}?"}]} for i in range(10**9))
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    seeds = evolve.read_seeds(evolve.Config(seeds="someone/chats", rows=3))
+    seeds = seeds_of(evolve.Config(seeds="someone/chats", rows=3))
     assert [seed["id"] for seed in seeds] == ["chats-1", "chats-2", "chats-3"]
     with pytest.raises(InputError, match="neither a file nor a data set"):
-        evolve.read_seeds(evolve.Config(seeds="someone/else"))
+        seeds_of(evolve.Config(seeds="someone/else"))
 
 
-def test_tags_by_keyword_and_cap_per_ability():
-    texts = ["Write a poem about rain.", "Translate this line.", "A poem on tea, please.", "Zzz qqq vvv."]
+def test_tags_topics_and_the_cap_per_ability():
+    """A tag that is missing is asked for; requests outside the paper's topics, and those over the cap, are counted."""
+    texts = ["Write a poem about rain.", "Translate this line.", "A poem on tea, please.", "Zzz qqq vvv.", "Hm?"]
     seeds = [{"id": str(i), "language": "en", "text": text} for i, text in enumerate(texts)]
-    counts = evolve.Counter()
-    chosen = evolve.choose(seeds, None, evolve.Config(ability_cap=1), counts)
-    assert [(seed["id"], seed["ability"]) for seed in chosen] == [("0", "poem"), ("1", "translation"), ("3", "other")]
-    assert counts["over the cap of its ability"] == 1
+    seeds.append(seeds[0] | {"id": "5", "topic": "own", "ability": "own"})
+    replies = {"poem": '{"topic": "creativity and design", "ability": "poem"}', "Hm?": "no JSON",
+               "Translate": '{"topic": "nlp and understanding", "ability": "translation"}', "Zzz": '{"topic": "other"}'}
+
+    def ask(step, items, write, read):
+        assert step == "tag" and all(item["text"] in write(item) for item in items)
+        texts = [next(text for word, text in replies.items() if word in item["text"]) for item in items]
+        return [read(item, evolve.Completion([], text, "stop")) for item, text in zip(items, texts, strict=True)]
+
+    counts = Counter()
+    chosen = evolve.choose(seeds, ask, evolve.Config(ability_cap=1), counts)
+    assert [(seed["id"], seed["ability"]) for seed in chosen] == [("0", "poem"), ("1", "translation"), ("5", "own")]
+    assert counts == {"over the cap of its ability": 1, "other topic": 1, "no tag": 1, "kept": 3}
 
 
 def test_contamination_is_dropped_and_listed(tmp_path):
@@ -314,7 +334,6 @@ def test_contamination_is_dropped_and_listed(tmp_path):
     boat = "in detail how a paper boat is folded so that it floats for a long while"
     (tmp_path / "sub" / "bench.json").write_text(json.dumps([{"turns": [{"q": f"Please tell me {boat}."}]}]))
     write(tmp_path / "zh.jsonl", [{"prompt": "请用不超过三句话介绍一下这座城市最有名的桥。"}])
-    cfg = evolve.Config(benchmark_dir=str(tmp_path))
     rows = [
         {"id": "a", "text": f"Hello! I ask {boat}, please?"},
         {"id": "b", "text": "Please tell me how a kite is folded so that it flies."},
@@ -322,13 +341,13 @@ def test_contamination_is_dropped_and_listed(tmp_path):
         {"id": "d", "messages": [{"role": "user", "content": f"Tell me {boat}."}]},
     ]
     hits = []
-    clean = evolve.drop_contaminated(rows, evolve.read_benchmarks(cfg), cfg, hits)
+    clean = evolve.drop_contaminated(rows, evolve.read_benchmarks(str(tmp_path)), hits)
     assert [row["id"] for row in clean] == ["b"]
     found = [(hit["id"], hit["file"]) for hit in hits]
     assert found == [("a", "sub/bench.json"), ("c", "zh.jsonl"), ("d", "sub/bench.json")]
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no"):
-        evolve.read_benchmarks(evolve.Config(benchmark_dir=str(tmp_path / "empty")))
+        evolve.read_benchmarks(str(tmp_path / "empty"))
 
 
 def test_math_rows(tmp_path):
@@ -371,7 +390,8 @@ def test_released_raif_files(tmp_path):
     out = tmp_path / "out"
     files = write(tmp_path / "rl.jsonl", rl) + "," + write(tmp_path / "sft.jsonl", sft)
     evolve.main(["--raif", files, "--out", str(out)])
-    records = read_records(out / "train.jsonl")
+    records = read_records(out / "rl.jsonl")
+    assert read_records(out / "train.jsonl") == [record for record in records if "expert" in record]
     assert [r["task"] for r in records] == ["math", "instruction", "instruction", "instruction"]
     assert [r["messages"][0]["content"] for r in records][::3] == ["What is 3 + 4?", "Name a river."]
     assert records[0]["answer"] == "7" and records[2]["language"] == "zh"
@@ -379,7 +399,7 @@ def test_released_raif_files(tmp_path):
     assert [c["kwargs"] for c in records[1]["constraints"]] == [{"keywords": ["tea"]}, {}]
     assert score([records[1]], [records[1]["expert"]])[0].total == 3.0
     assert parse_response(records[3]["expert"]).format_ok
-    counts = evolve.Counter()
+    counts = Counter()
     evolve.raif_records(str(tmp_path / "rl.jsonl"), counts)
     assert counts["dropped: unknown constraint odd:kind"] == 1
     rl[2]["target"] = "not JSON"
@@ -387,9 +407,12 @@ def test_released_raif_files(tmp_path):
         evolve.raif_records(write(tmp_path / "bad.jsonl", rl), counts)
 
 
-def test_dry_run_prints_the_steps_and_leaves_the_files_alone(run_evolve, capsys):
-    folder = run_evolve("dry", "--dry-run", "3")
+def test_dry_run_prints_the_steps_and_leaves_the_files_alone(tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", FILES["teacher"][:9])
+    evolve.main(["--recorded", path, "--dry-run", "3", "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
-    assert printed.count("=" * 100) == 3 and "[0-requests]" in printed and "plain: " in printed
-    assert not (folder / "train.jsonl").exists()
-    assert len(read_jsonl(folder / "dry-run" / "steps" / "0-requests.jsonl")) == 3
+    assert printed.count("=" * 100) == 3
+    for step in ("[0-constraints]", "[1-expert]", "-filter-unsafe]"):
+        assert printed.count(step) == 3
+    assert not list((tmp_path / "out").rglob("train.jsonl"))
+    assert len(read_jsonl(tmp_path / "out" / "dry-run" / "steps" / "0-constraints.jsonl")) == 3

@@ -1,4 +1,4 @@
-"""Instruction evolution with a served model: a loopback server that answers every kind of prompt from a script."""
+"""Instruction evolution with a model: a loopback server that answers every kind of prompt from a script."""
 
 import hashlib
 import json
@@ -9,14 +9,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, JsonHandler, serving
 
 import evolve
-from rewards import InputError, parse_response, read_records, score, validate_record
+from model import read_jsonl
+from rewards import CONSTRAINTS, parse_response, read_records, score, validate_record
 
 PLAIN = "First, put the kettle on and look out. The garden is quiet, and the day is long. Then sit down with a cup."
 PLAIN_ZH = "先把水烧开，看看窗外。花园里很安静，白天很长。然后坐下来，慢慢喝一杯茶。"
@@ -66,15 +67,18 @@ def script(messages, folder):
 
 
 def answer_of(instruction, folder):
-    """An expert's (content, reasoning): the plain text, repaired to meet the code constraints; every second in tags."""
-    path = next((folder / "steps").glob("*-constraints.jsonl"))
-    for line in path.read_text("utf-8").splitlines():
-        record = json.loads(line)
-        if record["messages"][0]["content"] == instruction:
-            break
-    drawn = [(c["id"], c["kwargs"]) for c in record["constraints"] if c["kind"] == "code" and c["active"]]
+    """An expert's (content, reasoning): an answer that meets the code constraints; every second one in tags.
+
+    The constraints are looked up in what the step before the merging has left behind.
+    """
+    records = [json.loads(line) for line in next((folder / "steps").glob("*-constraints.jsonl")).open()]
+    record = next(record for record in records if instruction.startswith(record["request"]))
     text = PLAIN_ZH if record["language"] == "zh" else PLAIN
-    text = evolve.repair(random.Random(0), text, drawn)[0] or text
+    for c in record["constraints"]:
+        if c["kind"] == "code":  # one a record, with the arguments of its example (see `calm`)
+            text = CONSTRAINTS[c["id"]].example["pass"]
+            text += "".join(f" {word}." for name in ("keywords", "keyword") for word in evolve.as_list(
+                c["kwargs"].get(name, [])) for _ in range(3))
     if len(instruction) % 2:
         return text, "The request is simple enough, so I write it down."
     return f"<think>I go through the points.</think>\n<answer>{text}</answer>", ""
@@ -118,20 +122,34 @@ def server():
         yield address
 
 
-def flags(server, folder, limit=16):
+@pytest.fixture
+def calm(monkeypatch):
+    """One code constraint a record, with the arguments of its example, so that the script knows a passing answer."""
+    monkeypatch.setattr(evolve, "COUNT_WEIGHTS", (1, 0, 0, 0, 0))
+    monkeypatch.setattr("rewards.Constraint.sample", lambda self, rng, language, prompt="": (
+        dict(self.example["kwargs"]) if language in self.languages else None))
+
+
+def flags(server, folder, limit=24):
     Scripted.folder = folder
-    return ["--llm", "toy", "--llm-url", server, "--out", str(folder), "--limit", str(limit), "--compositions", "all",
-            "--language", "both", "--kinds", "ifeval", "--heldout-share", "0.3"]
+    return ["--llm", f"toy@{server}", "--out", str(folder), "--limit", str(limit), "--language", "both"]
 
 
-NAMES = ["train.jsonl", "heldout.jsonl"]
+NAMES = ["train.jsonl", "rl.jsonl", "heldout.jsonl"]
 
 
-def test_all_steps_with_faults_give_the_same_files_and_a_second_run_asks_nothing(server, tmp_path):
-    evolve.main(flags(server, tmp_path / "calm") + ["--price-in", "1", "--price-out", "2"])
+def records_of(folder, *names):
+    return [r for name in names for r in read_records(folder / name) if r["task"] == "instruction"]
+
+
+def test_all_steps_with_faults_give_the_same_files_and_a_second_run_asks_nothing(server, tmp_path, calm):
+    evolve.main(flags(server, tmp_path / "calm"))
     calm = [(tmp_path / "calm" / name).read_bytes() for name in NAMES]
-    records = [r for name in NAMES for r in read_records(tmp_path / "calm" / name) if r["task"] == "instruction"]
-    assert len(records) >= 12
+    records = records_of(tmp_path / "calm", "train.jsonl", "heldout.jsonl")
+    assert len(records) >= 12 and all(evolve.split_of(r["seed"]) == r["split"] for r in records)
+    prompts = records_of(tmp_path / "calm", "rl.jsonl")  # as in the paper: the prompts of the experts
+    assert {r["id"] for r in prompts} == {r["id"] for r in records if r["split"] == "train"}
+    assert not any("expert" in r for r in prompts)
     assert {c["kind"] for r in records for c in r["constraints"]} == {"code", "judge"}
     assert len({r["composition"] for r in records}) >= 3 and {r["language"] for r in records} == {"en", "zh"}
     scores = score(records, [r["expert"] for r in records], judge=lambda items: [True] * len(items))
@@ -139,12 +157,13 @@ def test_all_steps_with_faults_give_the_same_files_and_a_second_run_asks_nothing
     thoughts = {parse_response(r["expert"]).think for r in records}
     assert len(thoughts) == 2  # from the reasoning field and from the tags
     report = (tmp_path / "calm" / "report.md").read_text("utf-8")
-    for heading in ("filter: unsafe", "Tokens", "| rewrite |", "Records per dimension", "| selection |"):
+    for heading in ("filter: unsafe", "Tokens", "| rewrite |", "Records per composition", "| selection |"):
         assert heading in report
     calls = [json.loads(line) for line in (tmp_path / "calm" / "calls.jsonl").read_text("utf-8").splitlines()]
     assert len(calls) == Scripted.asked and all(call["used"] for call in calls)
+    assert not any(evolve.NOT_ASKED in row for row in read_jsonl(tmp_path / "calm" / "metrics.jsonl"))
     steps = {path.name.partition("-")[2] for path in (tmp_path / "calm" / "steps").iterdir()}
-    assert {"requests.jsonl", "drafts.jsonl", "constraints.jsonl", "expert.jsonl", "filter-length.jsonl"} <= steps
+    assert {"requests.jsonl", "constraints.jsonl", "expert.jsonl", "filter-length.jsonl"} <= steps
 
     asked = Scripted.asked
     evolve.main(flags(server, tmp_path / "calm"))
@@ -157,7 +176,7 @@ def test_all_steps_with_faults_give_the_same_files_and_a_second_run_asks_nothing
 
 
 def test_a_killed_run_goes_on_where_it_was(server, tmp_path):
-    command = [sys.executable, str(ROOT / "evolve.py"), *flags(server, tmp_path / "killed", 8)]
+    command = [sys.executable, str(ROOT / "evolve.py"), *flags(server, tmp_path / "killed", 12), "--judge-share", "1"]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         Scripted.victim = (process, 80)
@@ -165,10 +184,10 @@ def test_a_killed_run_goes_on_where_it_was(server, tmp_path):
     stored = [json.loads(path.read_text("utf-8"))["request"] for path in (tmp_path / "killed/calls").rglob("*.json")]
     assert len(stored) > 40
     Scripted.served, Scripted.victim = Counter(), None
-    evolve.main(flags(server, tmp_path / "killed", 8))
+    evolve.main([*flags(server, tmp_path / "killed", 12), "--judge-share", "1"])
     again = [json.loads(body) for body in Scripted.served]
     assert again and not [request for request in stored if request in again]
-    evolve.main(flags(server, tmp_path / "whole", 8))
+    evolve.main([*flags(server, tmp_path / "whole", 12), "--judge-share", "1"])
     for name in NAMES:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -186,19 +205,28 @@ def asks(answer):
     return ask
 
 
+def with_text(draft, instruction, constraints):
+    return draft | {"messages": [{"role": "user", "content": instruction}], "constraints": constraints}
+
+
 def exemplar(composition, language="en"):
     rows = evolve.read_jsonl(evolve.data_dir / "exemplars.jsonl")
     return next(r for r in rows if r["composition"] == composition and r["language"] == language)
 
 
-def seed_of(number, text="Tell me about tea."):
-    return {"id": f"s{number}", "language": "en", "text": text, "draft": PLAIN, "plain": PLAIN}
+def draft_of(number, request="Tell me about tea.", **more):
+    draft = {"id": f"s{number}", "task": "instruction", "language": "en", "composition": "and", "request": request}
+    return draft | more
+
+
+def finish(drafts, ask, funnel):
+    """Parts rewritten and merged, as main does it."""
+    return evolve.merge(evolve.rewrite_parts(drafts, ask, funnel["parts"]), ask, funnel)
 
 
 def test_a_merge_that_loses_a_part_is_repeated_then_dropped():
     texts = ["Write of tea.", "Write of coffee.", "Write of milk."]
-    items = [{"seed": seed_of(i, text), "composition": "chain", "example": exemplar("chain")}
-             for i, text in enumerate(texts)]
+    drafts = [draft_of(i, text, composition="chain", example=exemplar("chain")) for i, text in enumerate(texts)]
     turns = Counter()
 
     def answer(step, prompt, turn):
@@ -207,11 +235,11 @@ def test_a_merge_that_loses_a_part_is_repeated_then_dropped():
             return "no" if "of milk" in prompt or ("of coffee" in prompt and turns["merge", 1] == 0) else "Yes."
         return script([{"role": "user", "content": prompt}], None)[0]
 
-    counts = Counter()
-    records = evolve.judged_records(items, asks(answer), counts)
+    funnel = defaultdict(Counter)
+    records = finish(drafts, asks(answer), funnel)
     assert [record["id"] for record in records] == ["s0", "s1"]
-    assert counts == {"kept": 2, "parts lost or added in merging": 1, "parts not rewritten": 0,
-                      "condition not as meant": 0}
+    assert funnel["parts"] == {"kept": 3, "parts not rewritten": 0, "condition not as meant": 0}
+    assert funnel["comparison"] == {"kept": 2, "parts lost or added in merging": 1}
     assert [turns["merge", turn] for turn in range(3)] == [3, 2, 1]
     model = exemplar("chain")["parts"]
     for name in ("depends_on", "active", "dimension"):
@@ -221,7 +249,7 @@ def test_a_merge_that_loses_a_part_is_repeated_then_dropped():
 @pytest.mark.parametrize("composition", ["selection", "nested"])
 def test_a_condition_that_is_not_as_meant_drops_the_record(composition):
     example = exemplar(composition)
-    items = [{"seed": seed_of(i), "composition": composition, "example": example} for i in range(2)]
+    drafts = [draft_of(i, composition=composition, example=example) for i in range(2)]
     asked = Counter()
 
     def answer(step, prompt, turn):
@@ -230,9 +258,10 @@ def test_a_condition_that_is_not_as_meant_drops_the_record(composition):
             return "unclear"
         return script([{"role": "user", "content": prompt}], None)[0]
 
-    counts = Counter()
-    [record] = evolve.judged_records(items, asks(answer), counts)
-    assert counts["condition not as meant"] == 1 and record["condition"]["holds"] is example["condition"]["holds"]
+    funnel = defaultdict(Counter)
+    [record] = finish(drafts, asks(answer), funnel)
+    assert funnel["parts"]["condition not as meant"] == 1
+    assert record["condition"]["holds"] is example["condition"]["holds"]
     assert ("inner" in record["condition"]) == (composition == "nested")
     assert [c["active"] for c in record["constraints"]] == [part["active"] for part in example["parts"]]
 
@@ -240,36 +269,31 @@ def test_a_condition_that_is_not_as_meant_drops_the_record(composition):
 @pytest.mark.parametrize("parts", ["[]", "not JSON", '{"parts": [{"text": "one"}]}', '{"parts": 3}', "[" * 100_000])
 def test_unusable_parts_are_no_parts(parts):
     counts = Counter()
-    items = [{"seed": seed_of(0), "composition": "and", "example": exemplar("and")}]
-    assert evolve.judged_records(items, asks(lambda *_: parts), counts) == []
+    assert evolve.rewrite_parts([draft_of(0, example=exemplar("and"))], asks(lambda *_: parts), counts) == []
     assert counts["parts not rewritten"] == 1
 
 
 def test_suggested_words_are_validated():
-    def plan(kind, kwargs, *more):
-        return {"drawn": [(kind, kwargs), *more], "other": None}
+    def suggested(text, words, kind, kwargs, *more):
+        constraints = [{"id": name, "kwargs": given} for name, given in [(kind, kwargs), *more]]
+        draft = draft_of(0, text, constraints=constraints)
+        evolve.suggest_words([draft], asks(lambda *_: json.dumps({"words": words})))
+        return [c["kwargs"] for c in constraints]
 
-    def suggested(text, plan, words):
-        evolve.suggest_words([(seed_of(0, text), plan)], asks(lambda *_: json.dumps({"words": words})))
-        return plan["drawn"][0][1]
-
-    exists = {"keywords": ["old", "worn"]}
-    kind = "keywords:existence"
-    assert suggested("Tea?", plan(kind, exists), ["leaf", "two words", 3, "leaf", "cup", "pot"]) == {
-        "keywords": ["leaf", "cup"]}
-    assert suggested("Tea?", plan(kind, exists), ["leaf", "茶"]) == exists  # too few are left
-    clash = plan(kind, exists, ("keywords:forbidden_words", {"forbidden_words": ["leaf"]}))
-    evolve.suggest_words([(seed_of(0), clash)], asks(lambda *_: json.dumps({"words": ["leaf", "cup", "pot"]})))
-    assert clash["drawn"] == [(kind, {"keywords": ["cup", "pot"]}), ("keywords:forbidden_words",
-                                                                    {"forbidden_words": ["leaf"]})]
-    assert suggested("Tea?", plan("keywords:frequency", {"keyword": "x", "frequency": 2, "relation": "at least"}),
-                     ["leaf"])["keyword"] == "leaf"
-    assert suggested("Tell me of tea.", plan("keywords:forbidden_words", {"forbidden_words": ["x"]}),
-                     ["tea", "leaf"]) == {"forbidden_words": ["leaf"]}
+    exists, kind = {"keywords": ["old", "worn"]}, "keywords:existence"
+    offered = ["leaf", "two words", 3, "leaf", "cup", "pot"]
+    assert suggested("Tea?", offered, kind, exists) == [{"keywords": ["leaf", "cup"]}]
+    assert suggested("Tea?", ["leaf", "茶"], kind, exists) == [exists]  # too few are left
+    banned = ("keywords:forbidden_words", {"forbidden_words": ["leaf"]})
+    assert suggested("Tea?", ["leaf", "cup", "pot"], kind, exists, banned) == [{"keywords": ["cup", "pot"]}, banned[1]]
+    often = {"keyword": "x", "frequency": 2, "relation": "at least"}
+    assert suggested("Tea?", ["leaf"], "keywords:frequency", often) == [often | {"keyword": "leaf"}]
+    forbidden = suggested("Tell me of tea.", ["tea", "leaf"], "keywords:forbidden_words", {"forbidden_words": ["x"]})
+    assert forbidden == [{"forbidden_words": ["leaf"]}]  # the request's own word could hardly be avoided
 
 
 def test_the_shortest_answer_that_passes_code_and_judge_is_kept():
-    record = evolve.as_record(seed_of(0), "and", "Write about tea without commas.", [
+    record = with_text(draft_of(0), "Write about tea without commas.", [
         {"kind": "code", "id": "punctuation:no_comma", "kwargs": {}, "text": "…", "depends_on": [], "active": True},
         {"kind": "judge", "question": "Is it about tea?", "text": "…", "depends_on": [], "active": True},
         {"kind": "judge", "question": "Is it sad?", "text": "…", "depends_on": [], "active": False}])
@@ -283,12 +307,13 @@ def test_the_shortest_answer_that_passes_code_and_judge_is_kept():
         asked.append(prompt)
         return "yes" if "Tea" in prompt else "no"
 
-    counts = Counter()
-    cfg = evolve.Config(tries=4)
-    [kept] = evolve.add_experts([record], asks(answer), cfg, counts)
+    funnel = defaultdict(Counter)
+    cfg, counts = evolve.Config(llm="any", tries=4), funnel["expert"]
+    [kept] = evolve.add_experts([record], asks(answer), cfg, funnel)
     assert parse_response(kept["expert"]).answer == "Tea is a warm drink." and counts["kept"] == 1
+    assert funnel["judge questions"] == {"no": 1, "kept": 1}
     assert len(asked) == 2 and not any("sad" in prompt for prompt in asked)  # the longest is never judged
-    assert evolve.add_experts([record], asks(lambda step, *_: "no tags at all"), cfg, counts) == []
+    assert evolve.add_experts([record], asks(lambda step, *_: "no tags at all"), cfg, funnel) == []
     assert counts["no answer passed the code checks"] == 1
 
 
@@ -325,7 +350,7 @@ PLANTED = {  # filter -> (instruction, answer, constraints): a fault that code f
 
 
 def planted(instruction, answer, constraints):
-    record = evolve.as_record(seed_of(0, instruction), "and", instruction, constraints)
+    record = with_text(draft_of(0, instruction), instruction, constraints)
     return record | {"expert": f"<think>Well.</think><answer>{answer}</answer>"}
 
 
@@ -356,37 +381,15 @@ def test_each_filter_drops_its_fault_by_code_or_by_the_model(name, tmp_path):
     assert rubric.startswith("Fault: ") and len({evolve.prompt_text(f"filter_{n}") for n in evolve.FILTERS}) == 7
 
 
-def test_sets_in_the_conflict_table_are_contradictions():
-    pair = [code("change_case:english_capital"), code("change_case:english_lowercase")]
-    record = planted("Tell me about tea.", "Tea.", pair)
-    assert evolve.quick_check("contradiction", record, "Tea.") is True
-    pair[1]["active"] = False  # another branch
-    assert evolve.quick_check("contradiction", record, "Tea.") is None
-
-
-def test_dry_run_shows_five_records_through_all_steps(server, tmp_path, capsys):
+def test_dry_run_shows_five_records_through_all_steps(server, tmp_path, capsys, calm):
     arguments = flags(server, tmp_path / "dry")
     Scripted.folder = tmp_path / "dry" / "dry-run"
     evolve.main([*arguments, "--dry-run", "5"])
     printed = capsys.readouterr().out
     assert printed.count("=" * 100) == 5
-    for step in ("requests", "drafts", "constraints", "expert", "filter-unsafe"):
+    for step in ("requests", "constraints", "expert", "filter-unsafe"):
         assert f"-{step}]" in printed
     assert not (tmp_path / "dry" / "train.jsonl").exists()
-
-
-def test_repaired_drafts_as_experts_need_no_expert_model(server, tmp_path):
-    evolve.main([*flags(server, tmp_path / "repair", 16), "--expert", "repair", "--judge-share", "0.4"])
-    records = [r for name in NAMES for r in read_records(tmp_path / "repair" / name) if r["task"] == "instruction"]
-    kinds = {(r["constraints"][0]["kind"], "expert" in r) for r in records}
-    assert kinds == {("code", True), ("judge", False)}
-    assert not any(json.loads(body)["messages"][0]["role"] == "system" for body in Scripted.served)
-
-
-@pytest.mark.parametrize("given", [["--llm", "toy"], ["--llm-url", "http://x"], ["--expert", "a"], ["--judge", "a"]])
-def test_flags_that_need_each_other(given, tmp_path):
-    with pytest.raises(InputError, match="--llm"):
-        evolve.main([*given, "--out", str(tmp_path)])
 
 
 def test_the_exemplar_pool():
@@ -397,9 +400,8 @@ def test_the_exemplar_pool():
     assert {part["dimension"] for row in rows for part in row["parts"]} == set(
         "content numerical stylistic format linguistic situation example inverse contradictory rule".split())
     for row in rows:
-        record = evolve.as_record({"id": row["id"], "language": row["language"]}, row["composition"],
-                                  row["instruction"], [{"kind": "judge"} | part for part in row["parts"]])
-        validate_record(record)
+        draft = draft_of(0, language=row["language"], composition=row["composition"])
+        validate_record(with_text(draft, row["instruction"], [{"kind": "judge"} | part for part in row["parts"]]))
         inactive = any(not part["active"] for part in row["parts"])
         assert inactive == (row.get("condition") is not None)
         assert inactive or row["composition"] in ("and", "chain", "nested")

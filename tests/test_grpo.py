@@ -283,6 +283,19 @@ def test_judged_records_need_a_judge(tiny, tmp_path):
     assert len(grpo.load_pools(grpo.Config(**cfg, code_only=True), tokenizer)["instruction"]) == 3
 
 
+def test_experts_come_from_train_jsonl_next_to_the_prompts_or_from_where_the_flag_says(tiny, tmp_path):
+    tokenizer = m.load_model(str(tiny))[1]
+    prompts = write_records(tmp_path / "rl.jsonl", make_records(6, expert=False))
+    with pytest.raises(InputError, match="rl.jsonl: --bc-coef 1.0 but no record has the field 'expert'"):
+        grpo.load_pools(grpo.Config(records=str(prompts), math_ratio=0), tokenizer)
+    write_records(tmp_path / "train.jsonl", make_records(4, seed=1))
+    other = write_records(tmp_path / "other.jsonl", make_records(3, seed=2))
+    pools = grpo.load_pools(grpo.Config(records=str(prompts), math_ratio=0), tokenizer)
+    assert len(pools["instruction"]) == 6 and len(pools["expert"]) == 4
+    pools = grpo.load_pools(grpo.Config(records=str(prompts), experts=str(other), math_ratio=0), tokenizer)
+    assert len(pools["expert"]) == 3
+
+
 def test_missing_pools_are_named(tiny, tmp_path):
     tokenizer = m.load_model(str(tiny))[1]
     path = write_records(tmp_path / "d.jsonl", make_records(4, expert=False))
