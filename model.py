@@ -84,8 +84,21 @@ def parse_flags(config_class, argv=None, presets=None):
     return config_class(**values)
 
 
+def yield_to_neighbours() -> None:
+    """Start this script once more with OMP_WAIT_POLICY=PASSIVE, unless the user or torchrun has set the environment.
+
+    OpenMP's threads wait by spinning: next to one other busy process on two cores a training step takes several times
+    as long. The policy is read when torch is loaded, hence the restart. On a GPU it does not matter.
+    """
+    if torch.cuda.is_available() or {"OMP_WAIT_POLICY", "RANK"} & os.environ.keys() or {"-h", "--help"} & set(sys.argv):
+        return
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def launch(main):
-    """Run a stage. What the user can mend is one line on stderr and exit code 2, not a traceback."""
+    """Run a stage as a script. What the user can fix is one line on stderr and exit code 2, not a traceback."""
+    yield_to_neighbours()
     try:
         main()
     except InputError as error:

@@ -277,7 +277,7 @@ def test_judged_records_need_a_judge(tiny, tmp_path):
     records[1]["constraints"].append({"kind": "judge", "question": "Is it polite?"})
     path, tokenizer = write_records(tmp_path / "d.jsonl", records), m.load_model(str(tiny))[1]
     cfg = dict(records=str(path), math_ratio=0, bc_coef=0)
-    with pytest.raises(InputError, match="--judge MODEL"):
+    with pytest.raises(InputError, match="give --judge NAME"):
         grpo.load_pools(grpo.Config(**cfg), tokenizer)
     assert len(grpo.load_pools(grpo.Config(**cfg, judge="some"), tokenizer)["instruction"]) == 3
     assert len(grpo.load_pools(grpo.Config(**cfg, code_only=True), tokenizer)["instruction"]) == 3

@@ -1,7 +1,10 @@
 """model.py: log-probabilities, the rollout engine, prompts, settings and run folders."""
 
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
@@ -9,7 +12,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from conftest import CHATML, build_model, double, make_records, run_stage, write_records
+from conftest import CHATML, ROOT, build_model, double, make_records, run_stage, write_records
 
 import model as m
 from rewards import InputError
@@ -422,3 +425,15 @@ def test_bad_input_is_one_line_and_exit_code_2(stage, tiny, tmp_path):
         line = result.stderr.strip().splitlines()[-1]
         assert line.startswith("error: ") and all(word in line for word in words), line
         assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("given, seen", [
+    ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"), ({"RANK": "0"}, "None"),
+])
+def test_a_stage_yields_to_busy_neighbours_unless_the_environment_says_otherwise(given, seen):
+    """Started once more with the policy that OpenMP reads when torch is loaded; arguments are kept."""
+    program = "import os, sys, model; model.launch(lambda: print(os.environ.get('OMP_WAIT_POLICY'), sys.argv[1:]))"
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "RANK")} | given
+    result = subprocess.run([sys.executable, "-c", program, "a b", "--c"], cwd=ROOT, env=environment, text=True,
+                            capture_output=True)
+    assert result.stdout == f"{seen} ['a b', '--c']\n", result.stderr
