@@ -1,6 +1,6 @@
 """Stage 4: measure models on a record file or on seven public benchmarks; write report.md, report.json and PNG plots.
 
-    python evaluate.py                                             rows I/O, CoT, SFT, Ours on the held-out prompts
+    python evaluate.py                                             six rows on the held-out prompts, see the end of main
     python evaluate.py --model runs/grpo/model --label Ours        one row; the report is rebuilt from all rows there
     python evaluate.py --method sdc --benchmarks my_records.jsonl  another inference method, another record file
     python evaluate.py --judge NAME[@URL] --judge-agreement FILE   accuracy, precision, recall, kappa of a judge
@@ -69,17 +69,26 @@ from model import (
 )
 from rewards import InputError
 
-# Inference method -> default label of its row. The last three are baselines of Table 2: self-consistency, self-refine,
-# oracle decomposition.
-METHODS = {"io": "I/O", "cot": "CoT", "direct": "Direct", "sdc": "SDC", "sc": "SC", "sr": "SR", "od": "OD"}
-ROW_ORDER = ["I/O", "CoT", "SDC", "Direct", "OD", "SC", "SR", "SFT", "Ours"]  # further labels: in alphabetical order
+METHODS = {  # inference method -> default label of its row
+    "io": "I/O",  # the plain request
+    "cot": "CoT",  # asked to think, the turn opened with <think>
+    "direct": "Direct",  # the same with an empty thought, closed
+    "closed": "CoT closed",  # the same with the thought closed for the model after --thought-tokens
+    "other": "Another's thought",  # the thought that row --thought-row wrote for another prompt
+    "expert": "Expert's thought",  # the thought of the record's expert
+    "sdc": "SDC",  # self-DeepClaude: a thought first, then both in one user message
+    "sc": "SC",  # self-consistency; this and the next two are baselines of Table 2
+    "sr": "SR",  # self-refine
+    "od": "OD",  # oracle decomposition
+}
+ROW_ORDER = [*METHODS.values(), "SFT", "Ours direct", "Ours"]  # further labels: in alphabetical order
 SPLITS = ["all", "in-distribution", "ood"]
 
 
 @dataclass
 class Config:
-    model: str = ""  # evaluate one row: smollm2-135m, folder, hub name, or NAME@URL if served (default: four rows)
-    method: Literal["", "io", "cot", "direct", "sdc", "sc", "sr", "od"] = ""  # how it is produced (default: cot)
+    model: str = ""  # evaluate one row: smollm2-135m, folder, hub name, or NAME@URL if served (default: six rows)
+    method: Literal["", *METHODS] = ""  # how the one row is produced: see METHODS in this file (default: cot)
     label: str = ""  # name of the one row in the tables (default: the name of its method)
     benchmarks: str = ""  # ifeval,cello,... or a record file (default: runs/evolve/ or data/ heldout.jsonl)
     out: str = ""  # folder of the report, where earlier rows stay (default: runs/evaluate, or runs/benchmarks)
@@ -89,6 +98,8 @@ class Config:
     family: Literal["cold", "warm"] = "cold"  # answer format: cold (think and answer tags) or warm (think tags only)
     max_new_tokens: int = 0  # token limit of every turn, one for all rows of a report (default: 200; benchmarks 4096)
     thought_model: str = ""  # sdc: take the thoughts from this model, NAME[@URL], the answers from --model
+    thought_tokens: int = 80  # closed: a thought is closed after so many tokens, if the model has not closed it itself
+    thought_row: str = "Ours"  # other: the finished row whose thoughts are handed on, each to another prompt
     samples: int = 10  # sc: answers per prompt, at temperature 1
     refine_turns: int = 5  # sr: at most this many improvements after the first answer
     judge: str = ""  # model that answers yes/no questions: NAME (loaded here) or NAME@http://localhost:8000/v1 (served)
@@ -1322,7 +1333,8 @@ def open_row(cfg, label, model, method, benchmark):
     settings = {"label": label, "model": model, "model_url": url, "method": method, "stamp": model_stamp(model),
                 "benchmark": benchmark}
     keys = ["family", "max_new_tokens", "engine", "precision", "thought_model"]
-    keys += {"sc": ["samples", "seed"], "sr": ["refine_turns"]}.get(method, [])
+    keys += {"sc": ["samples", "seed"], "sr": ["refine_turns"], "closed": ["thought_tokens"],
+             "other": ["thought_row"]}.get(method, [])
     settings |= {key: getattr(cfg, key) for key in keys}
     if cfg.thought_model:
         settings["thought_stamp"] = model_stamp(cfg.thought_model)
@@ -1346,9 +1358,14 @@ def open_row(cfg, label, model, method, benchmark):
     return settings, []
 
 
-def generate_turns(engine, tokenizer, conversations, languages, mode, cfg, **sampling):
-    """n assistant turns for each conversation, prefill included: lists of (text, how it ended); greedy by default."""
+def generate_turns(engine, tokenizer, conversations, languages, mode, cfg, openings=None, **sampling):
+    """n assistant turns for each conversation, prefill included: lists of (text, how it ended); greedy by default.
+
+    openings: what each turn holds already, after the prefill.
+    """
     sampling = {"n": 1, "max_tokens": cfg.max_new_tokens, "temperature": 0.0} | sampling
+    if isinstance(engine, Endpoint) and openings:
+        raise InputError("--method closed, other, expert: a served model's turn cannot be opened; give a local --model")
     if isinstance(engine, Endpoint):  # a chat server opens no turn for us: the trigger alone asks for the thought
         if mode != "io" and cfg.family == "cold":
             triggers = [prompt_text(f"cot.{language}") for language in languages]
@@ -1360,9 +1377,12 @@ def generate_turns(engine, tokenizer, conversations, languages, mode, cfg, **sam
     prompts = [render_prompt(tokenizer, messages, mode, family=cfg.family, language=language)
                for messages, language in zip(conversations, languages, strict=True)]
     seeds = sampling.pop("seeds", [0] * len(prompts))  # greedy decoding draws nothing
-    completions = engine.generate([prompt.ids for prompt in prompts], seeds=seeds, **sampling)
-    return [[(prompt.prefill + c.text, c.finish_reason) for c in group]
-            for prompt, group in zip(prompts, completions, strict=True)]
+    openings = openings or [""] * len(prompts)
+    begun = [prompt.ids + (tokenizer(opening, add_special_tokens=False)["input_ids"] if opening else [])
+             for prompt, opening in zip(prompts, openings, strict=True)]
+    completions = engine.generate(begun, seeds=seeds, **sampling)
+    return [[(prompt.prefill + opening + c.text, c.finish_reason) for c in group]
+            for prompt, opening, group in zip(prompts, openings, completions, strict=True)]
 
 
 def reworded(record, name, **parts):
@@ -1411,6 +1431,13 @@ def answer_chunk(engine, tokenizer, records, method, cfg, judge=None):
             thoughts = [(rewards.parse_response(text, cfg.family).think, ended)
                         for ((text, ended),) in turns(conversations, "cot", every)]
         conversations = [reworded(r, "sdc", thought=thought) for r, (thought, _) in zip(records, thoughts, strict=True)]
+    openings = None
+    if method == "closed":
+        thoughts = [(rewards.parse_response(text).think, "stop") for ((text, _),) in turns(
+            conversations, "cot", every, max_tokens=cfg.thought_tokens, stop=("</think>",))]
+    if method in ("closed", "other", "expert"):  # what follows is an answer, of the same length limit as ever
+        tags = "</think>\n<answer>\n" if cfg.family == "cold" else "</think>\n\n"
+        openings = [f"{thought.strip()}\n{tags}" for thought, _ in thoughts]
     if method == "od":
         conversations = [reworded(record, "plan", plan=plan_of(record)) for record in records]
     if method == "sc":
@@ -1418,7 +1445,8 @@ def answer_chunk(engine, tokenizer, records, method, cfg, judge=None):
                        seeds=[record_seed(cfg.seed, 0, record["id"]) for record in records])
         final = [group[most_agreed([answer_text(text, cfg.family) for text, _ in group])] for group in groups]
     else:
-        final = [group[0] for group in turns(conversations, method if method in ("cot", "direct") else "io", every)]
+        mode = "cot" if openings else method if method in ("cot", "direct") else "io"
+        final = [group[0] for group in turns(conversations, mode, every, openings=openings)]
     active = list(every) if method == "sr" else []
     for _ in range(cfg.refine_turns):  # self-refine: the model checks its own answer until it finds nothing to mend
         drafts = [answer_text(final[k][0], cfg.family) for k in active]
@@ -1483,7 +1511,24 @@ def answer_row(cfg, label, model_name, method, records, benchmark, load, judge=N
 
 
 def with_thoughts(cfg, label, method, records, benchmark, load):
-    """The records, for sdc with --thought-model each with that model's thought (a row of RUN/thoughts)."""
+    """The records, each with the thought that its method hands to the model; for most methods there is none.
+
+    sdc with --thought-model: that model's (a row of RUN/thoughts). expert: its expert's. other: the one that row
+    --thought-row wrote for the record half the file away.
+    """
+    if method == "expert":
+        if missing := [record["id"] for record in records if not record.get("expert")]:
+            raise InputError(f"--method expert: record {missing[0]!r} has no expert; evaluate a file whose records "
+                             "have one, such as data/teacher.jsonl")
+        return [{**record, "thought": (rewards.parse_response(record["expert"]).think, "stop")} for record in records]
+    if method == "other":
+        own = {row["id"]: row["thought"] for row in read_jsonl(row_files(cfg.out, cfg.thought_row)[0])}
+        if missing := [record["id"] for record in records if record["id"] not in own]:
+            raise InputError(f"--method other: row {cfg.thought_row!r} in {cfg.out} has no thought for {missing[0]!r}; "
+                             "finish that row first, or name another with --thought-row")
+        half = len(records) // 2 or 1
+        return [{**record, "thought": (own[records[(k + half) % len(records)]["id"]], "stop")}
+                for k, record in enumerate(records)]
     if method != "sdc" or not cfg.thought_model:
         return records
     own = replace(cfg, out=str(Path(cfg.out) / "thoughts"), thought_model="")
@@ -1974,7 +2019,8 @@ def plot_training(curves, path):
 def training_curves(cfg):
     """(title, steps, values) of what sft.py and grpo.py logged beside the models of the rows SFT and Ours."""
     wanted = [("sft", cfg.sft_model, key) for key in ("loss", "val_loss")]
-    wanted += [("grpo", cfg.ours_model, key) for key in ("reward", "all_met", "skip_rate")]
+    wanted += [("grpo", cfg.ours_model, key) for key in (
+        "reward", "all_met", "dev_all_met", "dev_slips", "entropy", "skip_rate")]
     curves = []
     for stage, model, key in wanted:
         metrics = read_jsonl(Path(model).parent / "metrics.jsonl")
@@ -2034,7 +2080,8 @@ def main(argv=None):
             if not (Path(model) / "config.json").is_file():
                 raise InputError(f"{model}: no model there; run python {stage} first, or give --model for one row")
         jobs = [("I/O", cfg.base_model, "io"), ("CoT", cfg.base_model, "cot"),
-                ("SFT", cfg.sft_model, "cot"), ("Ours", cfg.ours_model, "cot")]
+                ("CoT closed", cfg.base_model, "closed"), ("SFT", cfg.sft_model, "cot"),
+                ("Ours", cfg.ours_model, "cot"), ("Ours direct", cfg.ours_model, "direct")]
     rank, _ = init_distributed()
     open_run(cfg.out, cfg, resume=True)
 

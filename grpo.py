@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import model as m
-from rewards import InputError, read_records, score
+from rewards import InputError, count_slips, parse_response, read_records, score
 
 
 @dataclass
@@ -35,6 +35,8 @@ class Config:
     data: Literal["mixed", "complex", "math"] = "mixed"  # which of its records: both at math_ratio, or one kind alone
     out: str = "runs/grpo"  # run folder
     family: Literal["cold", "warm"] = "cold"  # answer format: think and answer tags, or think tags alone (R1 style)
+    dev: str = ""  # prompts never trained on, for a curve (default: dev.jsonl next to --records, if it is there)
+    dev_prompts: int = 32  # so many of them are answered greedily at the start and at every save; 0 = no curve
     judge: str = ""  # answers judge questions: NAME (loaded here) or NAME@URL; the paper's: Qwen/Qwen2.5-7B-Instruct
     # the objective: the paper's values
     clip_eps: float = 0.2  # ε of the clipped surrogate
@@ -49,7 +51,7 @@ class Config:
     reward: Literal["raif", "fraction", "all", "rules_x_judge"] = "raif"  # accuracy part: see rewards.VARIANTS
     code_only: bool = False  # leave out judge constraints, and records that have no others
     # the scale: a laptop's values
-    steps: int = 16  # rollout batches
+    steps: int = 10  # rollout batches
     prompts: int = 4  # P, prompts a rollout batch, over all processes
     group: int = 6  # G, reasoning rollouts a prompt (math prompts get group + direct of them)
     direct: int = 2  # H, no-reasoning rollouts an instruction prompt
@@ -288,6 +290,18 @@ def load_pools(cfg: Config, tokenizer) -> dict[str, list[dict]]:
     return pools
 
 
+def load_dev(cfg: Config) -> list[dict]:
+    """--dev-prompts development records at even distances; none where there is no file, and none that need a judge."""
+    records_file = m.records_path(cfg.records, Config.records, "rl")
+    path = Path(cfg.dev) if cfg.dev else records_file.with_name("dev.jsonl")
+    if not cfg.dev_prompts or not (cfg.dev or path.exists()):
+        return []
+    usable = [record for record in map(code_only, read_records(path))
+              if record["task"] == "instruction" and record["constraints"]]
+    count = min(cfg.dev_prompts, len(usable))
+    return [usable[i * len(usable) // count] for i in range(count)]
+
+
 def code_only(record: dict) -> dict:
     """The record without its judge constraints; `depends_on` counts anew, and through a judged one to what it needs."""
     if record["task"] == "math":
@@ -407,8 +421,32 @@ def rollout_metrics(samples: list[dict]) -> dict:
         "skip_rate": mean(not g[0]["kept"] for g in groups.values() if g[0]["task"] == "instruction"),
         "flat_groups": mean(len({s["reward"] for s in g}) == 1 for g in groups.values()),
         "response_tokens": mean(len(s["token_ids"]) for s in reasoning),
+        # −log p of a sampled token has the entropy of the sampling distribution as its mean (nats a token).
+        "entropy": mean(-logp for s in reasoning for logp in s["logprobs"]),
         "direct_rollouts": len(direct),
     }
+
+
+def dev_metrics(engine, tokenizer, records: list[dict], cfg: Config) -> dict:
+    """Greedy answers to development prompts, the ranks' shares put together: what training has reached so far.
+
+    Slips are single faults, such as each capital in an answer that has to be in lower case, per 100 answer tokens.
+    """
+    rank, world = m.init_distributed()
+    own = records[rank::world]
+    prompts = [m.render_prompt(tokenizer, record["messages"], "cot", cfg.family, record.get("language", "en"))
+               for record in own]
+    groups = engine.generate([prompt.ids for prompt in prompts], n=1, max_tokens=cfg.max_new_tokens, temperature=0.0,
+                             seeds=[0] * len(own))
+    texts = [prompt.prefill + group[0].text for prompt, group in zip(prompts, groups, strict=True)]
+    rows = []
+    for record, text, result in zip(own, texts, score(own, texts, family=cfg.family), strict=True):
+        answer = parse_response(text, cfg.family).answer
+        tokens = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+        rows.append((all(result.verdicts), result.format > 0, count_slips(record, answer), tokens))
+    met, well_formed, slips, tokens = (sum(column) for column in zip(*m.gather_objects(rows), strict=True))
+    return {"dev_all_met": round(met / len(records), 4), "dev_format_rate": round(well_formed / len(records), 4),
+            "dev_slips": round(100 * slips / max(1, tokens), 3)}
 
 
 # ---------------------------------------------------------------- the run
@@ -426,7 +464,7 @@ def main():
     stop = m.stop_signals()
     m.keep_freed_memory()
     policy, tokenizer = m.load_model(cfg.model)
-    pools = load_pools(cfg, tokenizer)
+    pools, dev_records = load_pools(cfg, tokenizer), load_dev(cfg)
     dtype = m.compute_dtype(cfg.precision)
     run = m.open_run(cfg.out, cfg, resume=cfg.resume)
     n_rows = cfg.prompts * (cfg.group + cfg.direct)
@@ -458,6 +496,10 @@ def main():
         step, clock = done["step"], [time.time()]
         engine.wake()
         engine.sync(policy)
+        metrics = {}
+        if dev_records and step == 0:
+            before = dev_metrics(engine, tokenizer, dev_records, cfg)
+            metrics = {f"{name}_before": value for name, value in before.items()}
         samples = rollout(engine, tokenizer, prompts_of_step(pools, step, cfg)[rank::world], step, cfg)
         engine.sleep()
         clock.append(time.time())
@@ -489,15 +531,20 @@ def main():
             # Counted over the whole update and all ranks; skipped prompts are in no part and so in no count.
             normalizer = sum(lengths[key] for key in part) if cfg.loss == "dapo" else len(part)
             stats = policy_backward(policy, reference, own, normalizer, cfg, dtype)
+            policy_norm, gradient = m.take_gradients(policy)
+            parts_of_gradient, bc_norm = [gradient], 0.0
             if cfg.bc_coef:
                 m.keep_freed_memory(trim=True)
                 experts = draw(pools["expert"], "expert", number * cfg.bc_batch, cfg.bc_batch, cfg.seed)[rank::world]
                 cloned = [Row(*m.encode_expert(tokenizer, record, cfg.family)) for record in experts]
                 stats["bc_loss"] = cloning_backward(policy, cloned, cfg.bc_batch, cfg, dtype)
+                bc_norm, gradient = m.take_gradients(policy)
+                parts_of_gradient.append(gradient)
                 own = own + cloned
             batch = [{"ids": row.ids, "start": row.start, "advantage": row.advantage} for row in own]
-            grad_norm = m.optimizer_step(policy, optimizer, number, batch, run)
-            stats["grad_norm"] = grad_norm / world  # the same on every rank; the others below are shares of a sum
+            grad_norm = m.optimizer_step(policy, optimizer, parts_of_gradient, number, batch, run)
+            norms = {"grad_norm": grad_norm, "grad_norm_policy": policy_norm, "grad_norm_bc": bc_norm}
+            stats |= {name: norm / world for name, norm in norms.items()}  # each is of all ranks: their sum, once
             stats["trained"] = sum(len(row.ids) for row in own)
             totals.update({name: value / cfg.updates for name, value in stats.items()})
         policy.eval()
@@ -506,19 +553,28 @@ def main():
         # One line of metrics a step, and every rollout with its text, verdicts, rewards, advantage and fate.
         done["step"] = step = step + 1
         mismatch = engine_mismatch(list(rows.values()))
-        names = ("policy_loss", "kl", "clip_share", "bc_loss", "grad_norm", "tokens", "slots", "trained")
+        names = ("policy_loss", "kl", "clip_share", "bc_loss", "grad_norm", "grad_norm_policy", "grad_norm_bc",
+                 "tokens", "slots", "trained")
         totals = {name: round(m.sum_over_ranks(totals[name]), 6) for name in names}
         all_samples = m.gather_objects(samples)
-        metrics = {"step": step, **rollout_metrics(all_samples), **totals, **mismatch,
+        metrics = {"step": step, **metrics, **rollout_metrics(all_samples), **totals, **mismatch,
                    "padding": round(1 - totals["tokens"] / max(1, totals["slots"]), 4),
                    "lr": optimizer.param_groups[0]["lr"]}
+        regular = step % cfg.save_every == 0 or step == cfg.steps
+        if dev_records and regular:
+            engine.wake()
+            engine.sync(policy)
+            metrics |= dev_metrics(engine, tokenizer, dev_records, cfg)
+            engine.sleep()
+            clock.append(time.time())
         done["direct_seen"] += metrics["direct_rollouts"]
         done["skipped"] += len({s["id"] for s in all_samples if s["mode"] == "cot" and not s["kept"]})
         done["flat_steps"] += metrics["flat_groups"] == 1
         done["rewards"].append(metrics["reward"])
         if rank == 0:
             sampled = sum(len(s["token_ids"]) for s in all_samples)
-            rollout_s, scoring_s, update_s = (after - before for before, after in zip(clock, clock[1:], strict=False))
+            rollout_s, scoring_s, update_s, *_ = (
+                after - before for before, after in zip(clock, clock[1:], strict=False))
             metrics.update(rollout_s=round(rollout_s, 2), scoring_s=round(scoring_s, 3), update_s=round(update_s, 2),
                            rollout_tps=round(sampled / rollout_s, 1),
                            update_tps=round(totals["trained"] * cfg.updates / update_s, 1))
@@ -536,13 +592,15 @@ def main():
                 f"{totals['bc_loss']:.3f} | rollout {rollout_s:.0f} s {metrics['rollout_tps']:.0f} tok/s, "
                 f"scoring {scoring_s:.1f} s, update {update_s:.0f} s {metrics['update_tps']:.0f} tok/s | "
                 f"ETA {eta / 60:.0f} min")
+            if "dev_all_met" in metrics:
+                bar.write(f"development prompts, greedy: all met {metrics['dev_all_met']:.2f}, format "
+                          f"{metrics['dev_format_rate']:.2f}, {metrics['dev_slips']:.2f} slips per 100 answer tokens")
             if done["flat_steps"] == step and step % 10 == 0:
                 bar.write(f"warning: in {step} steps no reward ever differed within a group: nothing is learned; look "
                           f"at {run / 'samples'}: is every answer right, or every one wrong?")
         bar.update()
         m.keep_freed_memory(trim=True)
         stopping = stop()
-        regular = step % cfg.save_every == 0 or step == cfg.steps
         if regular:
             mean_reward = sum(done["rewards"]) / len(done["rewards"])
             if mean_reward > done["best"]:

@@ -200,21 +200,37 @@ def equal_counts(batches: list, filler) -> list[tuple]:
     return [(batch, 1.0) for batch in batches] + [(filler, 0.0)] * (most - len(batches))
 
 
-def optimizer_step(model, optimizer, number: int, rows: list[dict], run: Path) -> float:
-    """Update `number`: add the ranks' gradients, clip their norm at 1, step. Returns the norm before clipping.
+def take_gradients(model) -> tuple[float, list]:
+    """(norm, gradients) of what the backward passes have added up so far, over all ranks; the model's are cleared.
 
-    A sum, not DDP's mean: every loss is already divided by the count over all ranks (`normalizer`), so micro-batches
-    and ranks add up to the same gradient, and a rank whose prompts were all skipped simply adds zeros. A sharded model
-    has added them (also as a sum, see shard_model) in its backward passes. A gradient that is not finite skips the
-    update and leaves `rows` (what it came from) in RUN/nonfinite; the third in a row ends the run.
+    A sum over ranks, not DDP's mean: every loss is already divided by the count over all ranks (`normalizer`), so
+    micro-batches and ranks add up to the same gradient, and a rank whose prompts were all skipped simply adds zeros. A
+    sharded model has added them (also as a sum, see shard_model) in its backward passes.
     """
-    if dist.is_initialized() and not hasattr(model, "sharded_logprobs"):
-        for parameter in model.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()  # the same on every rank
+    gradients = []
+    for parameter in model.parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if dist.is_initialized() and not hasattr(model, "sharded_logprobs"):
+            dist.all_reduce(gradient)
+        gradients.append(gradient)
+        parameter.grad = None
+    return whole_norm(torch.nn.utils.get_total_norm(gradients)), gradients
+
+
+def whole_norm(norm) -> float:
+    """A norm of a sharded or of a whole model as a number, the same on every rank."""
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def optimizer_step(model, optimizer, parts: list[list], number: int, rows: list[dict], run: Path) -> float:
+    """Update `number`: add up the parts of the gradient, clip its norm at 1, step. Returns the norm before clipping.
+
+    A gradient that is not finite skips the update and leaves `rows` (what it came from) in RUN/nonfinite; the third in
+    a row ends the run.
+    """
+    for parameter, *gradients in zip(model.parameters(), *parts, strict=True):
+        parameter.grad = functools.reduce(torch.Tensor.add_, gradients)
+    norm = whole_norm(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     rank = dist.get_rank() if dist.is_initialized() else 0
     dumps = [run / "nonfinite" / f"update-{number - k:06d}-rank-{rank}.jsonl" for k in range(3)]
     if np.isfinite(norm):
@@ -224,8 +240,8 @@ def optimizer_step(model, optimizer, number: int, rows: list[dict], run: Path) -
         write_jsonl(dumps[0], rows)
         print(f"update {number}: gradient norm {norm}; skipped, its batch is in {dumps[0]}", file=sys.stderr)
         if all(dump.exists() for dump in dumps):
-            raise InputError("3 updates in a row had no finite gradient; lower --lr or give --precision fp32 and go on "
-                             "from the last checkpoint with --resume")
+            raise InputError("3 updates in a row had no finite gradient; lower --lr or give --precision fp32, and "
+                             "continue from the last checkpoint with --resume")
     optimizer.zero_grad(set_to_none=True)
     return norm
 

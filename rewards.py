@@ -1274,6 +1274,25 @@ def guards(answer: str, prompt: str, constraints=(), truncated: bool = False) ->
     return raised
 
 
+# How often an answer slips where one constraint can be broken many times; every other broken constraint is one slip.
+SLIPS: dict[str, Callable[[Text, dict], int]] = {
+    "punctuation:no_comma": lambda t, k: len(re.findall("[,，﹐،]", t.s)),
+    "change_case:english_lowercase": lambda t, k: sum(word != word.lower() for word in t.s.split()),
+    "change_case:english_capital": lambda t, k: sum(word != word.upper() for word in t.s.split()),
+    "keywords:existence": lambda t, k: sum(_count(t, word) == 0 for word in k["keywords"]),
+    "keywords:forbidden_words": lambda t, k: sum(_count(t, word) for word in k["forbidden_words"]),
+}
+
+
+def count_slips(record: dict, answer: str) -> int:
+    """Single faults of an answer against the active code constraints of its record: 0 if and only if all hold."""
+    slips, t = 0, text_of(answer)
+    for c in record.get("constraints", []):
+        if c["kind"] == "code" and c["active"] and not check(c["id"], c["kwargs"], answer):
+            slips += max(1, SLIPS[c["id"]](t, c["kwargs"]) if c["id"] in SLIPS else 1)
+    return slips
+
+
 @dataclass(frozen=True)
 class Score:
     format: float

@@ -134,7 +134,9 @@ def main():
             micro_loss = weight * loss_sum(policy, packs, dtype) / tokens
             micro_loss.backward()
             loss += micro_loss.item()
-        grad_norm = m.optimizer_step(policy, optimizer, step, [{"ids": ids, "start": start} for ids, start in own], run)
+        _, gradient = m.take_gradients(policy)
+        grad_norm = m.optimizer_step(policy, optimizer, [gradient], step,
+                                     [{"ids": ids, "start": start} for ids, start in own], run)
         step += 1
 
         row = {"step": step, "epoch": epoch + 1, "loss": m.sum_over_ranks(loss), "grad_norm": grad_norm,

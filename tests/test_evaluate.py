@@ -162,7 +162,7 @@ class FakeEngine:
         number = int(re.search(r"\(r(\d+)\)", prompt)[1])
         good = "good" in self.name or number % 2
         text = "hot tea" if good else "Coffee, black"
-        if prompt.startswith("cot"):
+        if prompt.startswith("cot") and not prompt.endswith("<answer>\n"):
             text = f"Tea it is.\n</think>\n<answer>{text}</answer>" if number % 5 else text
         return Completion(list(text.encode()), text, "stop" if number else "length", None)
 
@@ -202,22 +202,28 @@ def model_folder(path):
     (path / "model.safetensors").write_text("weights")
 
 
-def test_four_rows_report_and_added_row(fakes, tmp_path):
+def test_six_rows_report_and_added_row(fakes, tmp_path):
     model_folder(tmp_path / "runs/sft/model")
     model_folder(tmp_path / "runs/good/model")
     write(tmp_path / "runs/sft/metrics.jsonl", [{"step": k, "loss": 3 / (k + 1)} for k in range(5)])
     main([*FLAGS, "--ours-model", "runs/good/model"])
     report = json.loads((tmp_path / "runs/evaluate/report.json").read_text())
-    assert list(report["rows"]) == ["I/O", "CoT", "SFT", "Ours"]
+    assert list(report["rows"]) == ["I/O", "CoT", "CoT closed", "SFT", "Ours direct", "Ours"]
+    assert report["rows"]["Ours direct"]["thought_tokens"] == 0
+    closed = read_jsonl(tmp_path / "runs/evaluate/rows/CoT closed.jsonl")
+    assert all(item["thought"] == "Tea it is." for item in closed if int(item["id"][1:]) % 5)
+    begun = [prompt for prompt in fakes["smollm2-135m"].asked if prompt.endswith("</think>\n<answer>\n")]
+    assert len(begun) == 30 and all(prompt.startswith("cot Write a line.") for prompt in begun)
     ours, io = report["rows"]["Ours"], report["rows"]["I/O"]
     assert ours["all"]["all_strict"] == {"share": 1, "low": 1, "high": 1, "n": 30}
     assert io["all"]["all_strict"]["share"] == 0.5 and io["ood"]["all_strict"]["n"] == 10
     assert io["format_failures"] is None and ours["format_failures"] == pytest.approx(6 / 30)
     assert io["truncated"] == pytest.approx(1 / 30) and io["perplexity"] == 12.5
     assert io["thought_tokens"] == 0 and ours["thought_tokens"] == 10 * 24 / 30 and ours["answer_tokens"] == 7
-    assert list(report["differences"])[0] == "Ours − SFT"
+    assert list(report["differences"])[:2] == ["Ours − Ours direct", "Ours − SFT"]
     assert report["differences"]["Ours − SFT"]["all"]["share"] == 0.5
-    assert report["kinds"]["keywords:existence"] == {"n": 30, "I/O": 0.5, "CoT": 0.5, "SFT": 0.5, "Ours": 1}
+    assert report["kinds"]["keywords:existence"] == {
+        "n": 30, "I/O": 0.5, "CoT": 0.5, "CoT closed": 0.5, "SFT": 0.5, "Ours direct": 1, "Ours": 1}
     assert report["difficulty"] == {"io_share": 0.5, "kinds_above_90": []}
     text = (tmp_path / "runs/evaluate/report.md").read_text()
     assert "Ours − SFT" in text and "clear of 0" in text
@@ -227,9 +233,31 @@ def test_four_rows_report_and_added_row(fakes, tmp_path):
 
     main([*FLAGS, "--method", "sdc"])  # a later call adds a row; the others are read back
     report = json.loads((tmp_path / "runs/evaluate/report.json").read_text())
-    assert list(report["rows"]) == ["I/O", "CoT", "SDC", "SFT", "Ours"]
+    assert list(report["rows"]) == ["I/O", "CoT", "CoT closed", "SDC", "SFT", "Ours direct", "Ours"]
     second_call = fakes["smollm2-135m"].asked[-1]
     assert second_call.startswith("io Write a line.") and "Tea it is." in second_call and "<think>" not in second_call
+
+
+def test_another_prompts_thought_and_the_experts(fakes, tmp_path):
+    model_folder(tmp_path / "runs/good/model")
+    records = [record(f"r{k}", [TEA], expert=f"<think>plan {k}</think><answer>hot tea</answer>") for k in range(6)]
+    write(tmp_path / "held.jsonl", records)
+    one = [*FLAGS, "--model", "runs/good/model"]
+    with pytest.raises(InputError, match="row 'Ours' in .* has no thought for 'r0'"):
+        main([*one, "--method", "other"])
+    main([*one, "--label", "Ours"])
+    rows = tmp_path / "runs/evaluate/rows"
+    thoughts = [f"{item['thought']} {k}".strip() for k, item in enumerate(read_jsonl(rows / "Ours.jsonl"))]
+    write(rows / "Ours.jsonl", [item | {"thought": thought} for item, thought in zip(
+        read_jsonl(rows / "Ours.jsonl"), thoughts, strict=True)])
+    main([*one, "--method", "other"])
+    assert [item["thought"] for item in read_jsonl(rows / "Another-s thought.jsonl")] == thoughts[3:] + thoughts[:3]
+    main([*one, "--method", "expert"])
+    assert [item["thought"] for item in read_jsonl(rows / "Expert-s thought.jsonl")] == [f"plan {k}" for k in range(6)]
+    assert fakes["runs/good/model"].asked[-1].endswith("plan 5\n</think>\n<answer>\n")
+    write(tmp_path / "held.jsonl", [records[0], {k: v for k, v in records[1].items() if k != "expert"}])
+    with pytest.raises(InputError, match="record 'r1' has no expert"):
+        main([*one, "--method", "expert", "--out", "runs/new"])
 
 
 def test_killed_row_resumes_and_a_finished_one_asks_nothing(fakes, tmp_path):

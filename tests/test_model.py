@@ -335,7 +335,9 @@ def test_a_gradient_that_is_not_finite_is_dumped_and_the_third_in_a_row_ends_the
 
     def update(number, value):
         model.weight.grad = torch.full_like(model.weight, value)
-        return m.optimizer_step(model, optimizer, number, [{"id": f"record-{number}"}], tmp_path)
+        norm, gradient = m.take_gradients(model)  # of the weights; the bias has none, which counts as zeros
+        assert norm == pytest.approx(abs(value) * 2**0.5, nan_ok=True) and model.weight.grad is None
+        return m.optimizer_step(model, optimizer, [gradient], number, [{"id": f"record-{number}"}], tmp_path)
 
     assert not math.isfinite(update(0, float("nan"))) and model.weight.grad is None
     assert torch.equal(model.weight, before)
@@ -425,6 +427,20 @@ def test_bad_input_is_one_line_and_exit_code_2(stage, tiny, tmp_path):
         line = result.stderr.strip().splitlines()[-1]
         assert line.startswith("error: ") and all(word in line for word in words), line
         assert "Traceback" not in result.stderr
+
+
+def test_the_parts_of_a_gradient_add_up_before_the_norm_is_clipped(tmp_path):
+    model = torch.nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before, parts, norms = model.weight.detach().clone(), [], []
+    for gradient in ([3.0, 0.0], [0.0, 4.0]):
+        model.weight.grad = torch.tensor([gradient])
+        norm, part = m.take_gradients(model)
+        norms.append(norm)
+        parts.append(part)
+    assert norms == [3.0, 4.0]
+    assert m.optimizer_step(model, optimizer, parts, 0, [], tmp_path) == pytest.approx(5.0)
+    torch.testing.assert_close(before - model.weight, torch.tensor([[0.6, 0.8]]))  # clipped to 1
 
 
 @pytest.mark.parametrize("given, seen", [

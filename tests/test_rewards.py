@@ -322,3 +322,18 @@ def test_judge_prompt_keeps_braces_apart():
     text = rewards.judge_prompt("Use {answer} and {x}.", "A {question}", "Is it?")
     assert "Use {answer} and {x}." in text and "A {question}" in text and text.rstrip().endswith("Is it?")
     assert rewards.judge_prompt("写", "茶", "是否正式？").startswith("请")
+
+
+@pytest.mark.parametrize("kind, kwargs, answer, slips", [
+    ("punctuation:no_comma", {}, "Tea, milk, sugar.", 2), ("punctuation:no_comma", {}, "Tea.", 0),
+    ("change_case:english_lowercase", {}, "i like Tea and MILK in the morning.", 2),
+    ("change_case:english_capital", {}, "I LIKE tea AND MILK IN THE morning.", 2),
+    ("keywords:existence", {"keywords": ["tea", "milk", "cup"]}, "A cup of coffee.", 2),
+    ("keywords:forbidden_words", {"forbidden_words": ["tea", "cup"]}, "Tea in a cup of tea.", 3),
+    ("detectable_format:title", {}, "No title here.", 1), ("detectable_format:title", {}, "<<Tea>> Warm.", 0),
+    ("change_case:english_lowercase", {}, "", 1),  # a blank answer meets nothing
+])
+def test_slips_count_single_faults(kind, kwargs, answer, slips):
+    constraint = {"kind": "code", "id": kind, "kwargs": kwargs, "text": "…", "depends_on": [], "active": True}
+    assert rewards.count_slips({"constraints": [constraint]}, answer) == slips
+    assert rewards.count_slips({"constraints": [constraint, constraint | {"active": False}]}, answer) == slips

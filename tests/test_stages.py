@@ -36,12 +36,15 @@ def test_all_stages_on_a_tiny_model(tiny, tmp_path):
     assert all({"text", "verdicts", "reward", "accuracy", "advantage", "kept"} <= set(s) for s in samples)
     last = m.read_jsonl(tmp_path / "grpo/metrics.jsonl")[-1]
     assert last["direct_rollouts"] > 0 and {"skip_rate", "flat_groups", "kl", "clip_share", "bc_loss"} <= set(last)
+    assert last["grad_norm_policy"] > 0 and last["grad_norm_bc"] > 0 and 4 < last["entropy"] < 7  # ln 512 = 6.2
+    first = m.read_jsonl(tmp_path / "grpo/metrics.jsonl")[0]  # a point before training and one at each save
+    assert first["dev_slips_before"] > 0 and "dev_slips" not in first and 0 <= last["dev_all_met"] <= 1
 
     run_stage("evaluate.py", "--benchmarks", tmp_path / "evolve/heldout.jsonl", "--out", tmp_path / "evaluate",
               "--base-model", tiny, "--sft-model", tmp_path / "sft/model", "--ours-model", tmp_path / "grpo/model",
               "--max-new-tokens", 16, "--resamples", 200)
     report = json.loads((tmp_path / "evaluate/report.json").read_text())
-    assert list(report["rows"]) == ["I/O", "CoT", "SFT", "Ours"]
+    assert list(report["rows"]) == ["I/O", "CoT", "CoT closed", "SFT", "Ours direct", "Ours"]
     text = (tmp_path / "evaluate/report.md").read_text("utf-8")
     assert "## Lift over chance" in text and (tmp_path / "evaluate/training.png").exists()
 

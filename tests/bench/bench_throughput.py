@@ -86,7 +86,7 @@ def update(policy, reference, optimizer, rows, cfg, dtype) -> float:
         row.old_logp = None
     began = wait()
     grpo.policy_backward(policy, reference, rows, len(rows), cfg, dtype)
-    m.optimizer_step(policy, optimizer, 0, [], Path("."))
+    m.optimizer_step(policy, optimizer, [m.take_gradients(policy)[1]], 0, [], Path("."))
     return wait() - began
 
 

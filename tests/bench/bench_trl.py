@@ -58,7 +58,7 @@ class Ours:
         rows = [grpo.Row(prompt + c.token_ids[: next(wanted)], len(prompt), (-1.0) ** i)
                 for prompt, group in zip(self.prompts, groups, strict=True) for i, c in enumerate(group)]
         grpo.policy_backward(self.policy, self.reference, rows, len(rows), grpo.Config(), self.dtype)
-        m.optimizer_step(self.policy, self.optimizer, 0, [], Path("."))
+        m.optimizer_step(self.policy, self.optimizer, [m.take_gradients(self.policy)[1]], 0, [], Path("."))
         self.times.append((middle - began, time.perf_counter() - middle))
 
 
