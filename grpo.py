@@ -49,6 +49,7 @@ class Config:
     clip_high: float = 0.0  # ε above 1 (DAPO's clip-higher); 0 = clip_eps
     advantage: Literal["group_norm", "mean_only", "none"] = "group_norm"  # (R − mean) / std, R − mean, or R itself
     reward: Literal["raif", "fraction", "all", "rules_x_judge"] = "raif"  # accuracy part: see rewards.VARIANTS
+    drop_zero_variance: bool = False  # leave groups of equal rewards out of the update: no KL from them, other counts
     code_only: bool = False  # leave out judge constraints, and records that have no others
     # the scale: a laptop's values
     steps: int = 10  # rollout batches
@@ -375,7 +376,10 @@ def score_samples(samples: list[dict], judge, cfg: Config) -> None:
 
 
 def assign_advantages(samples: list[dict], cfg: Config) -> None:
-    """Add `advantage` and `kept` to the samples, group by group (math groups have another size than instructions)."""
+    """Add `advantage`, `kept` and, where it is not kept, `why` to the samples of each group.
+
+    Groups are taken one by one: math groups have another size than instructions.
+    """
     groups: dict[str, list[dict]] = {}
     for sample in samples:
         groups.setdefault(sample["id"], []).append(sample)
@@ -389,10 +393,13 @@ def assign_advantages(samples: list[dict], cfg: Config) -> None:
         advantages_PG = {"group_norm": group_advantages(rewards_PG), "none": rewards_PG,
                          "mean_only": rewards_PG - rewards_PG.mean(1, keepdim=True)}[cfg.advantage]
         keep_P = superior_cot_mask(accuracy_PG, direct_PH) if cfg.superior_cot else torch.ones(1, dtype=torch.bool)
+        why = "" if keep_P[0] else "worse than direct"
+        if cfg.drop_zero_variance and not why and bool((rewards_PG == rewards_PG[0, 0]).all()):
+            why = "zero variance"
         for sample, advantage in zip(reasoning, advantages_PG[0].tolist(), strict=True):
-            sample.update(advantage=advantage, kept=bool(keep_P[0]))
+            sample.update(advantage=advantage, kept=not why, why=why)
         for sample in direct:  # they judge the reasoning; they are not trained on
-            sample.update(advantage=None, kept=False)
+            sample.update(advantage=None, kept=False, why="direct")
 
 
 def rollout_metrics(samples: list[dict]) -> dict:
@@ -418,7 +425,7 @@ def rollout_metrics(samples: list[dict]) -> dict:
         "format_rate": mean(s["format"] > 0 for s in reasoning),
         "truncated": mean(s["finish_reason"] == "length" for s in reasoning),
         "guards": dict(Counter(name for s in reasoning for name in s["guards"])),
-        "skip_rate": mean(not g[0]["kept"] for g in groups.values() if g[0]["task"] == "instruction"),
+        "skip_rate": mean(g[0]["why"] == "worse than direct" for g in groups.values() if g[0]["task"] == "instruction"),
         "flat_groups": mean(len({s["reward"] for s in g}) == 1 for g in groups.values()),
         "response_tokens": mean(len(s["token_ids"]) for s in reasoning),
         # −log p of a sampled token has the entropy of the sampling distribution as its mean (nats a token).
@@ -568,7 +575,7 @@ def main():
             engine.sleep()
             clock.append(time.time())
         done["direct_seen"] += metrics["direct_rollouts"]
-        done["skipped"] += len({s["id"] for s in all_samples if s["mode"] == "cot" and not s["kept"]})
+        done["skipped"] += len({s["id"] for s in all_samples if s["why"] == "worse than direct"})
         done["flat_steps"] += metrics["flat_groups"] == 1
         done["rewards"].append(metrics["reward"])
         if rank == 0:

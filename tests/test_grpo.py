@@ -198,6 +198,63 @@ def test_the_rule_fires_and_can_be_switched_off(tiny):
     assert all(s["kept"] for s in reasoning)
 
 
+def test_the_rule_compares_accuracy_alone(tiny):
+    """One of three constraints with the format's +1 is still worse than two of three without it."""
+    third = {"kind": "code", "id": "keywords:existence", "kwargs": {"keywords": ["milk"]}, "text": "Milk.",
+             "depends_on": [], "active": True}
+    record = RECORD | {"constraints": [*RECORD["constraints"], third]}
+    reasoning, direct = scored(tiny, [HALF, HALF], ["green tea", "plain tea"], record)
+    assert [s["accuracy"] for s in reasoning + direct] == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3])
+    assert all(s["reward"] > d["reward"] for s, d in zip(reasoning, direct, strict=True))
+    assert {s["why"] for s in reasoning} == {"worse than direct"}
+
+
+def test_groups_of_equal_rewards_are_left_out_only_if_asked(tiny):
+    for drop, why in ((False, ""), (True, "zero variance")):
+        reasoning, direct = scored(tiny, [HALF, HALF], ["Green, Tea"], drop_zero_variance=drop)
+        assert {s["why"] for s in reasoning} == {why} and all(s["kept"] is not drop for s in reasoning)
+        assert grpo.rollout_metrics(reasoning + direct)["skip_rate"] == 0  # that is the rule's alone
+    reasoning, _ = scored(tiny, [HALF, PERFECT], ["Green, Tea"], drop_zero_variance=True)
+    assert all(s["kept"] for s in reasoning)
+
+
+def test_a_rollout_that_hits_the_limit_is_flagged_and_each_step_has_seeds_of_its_own(tiny):
+    class Cut(ScriptedEngine):
+        seen = []
+
+        def generate(self, prompts, *, seeds, **settings):
+            self.seen.append(seeds)
+            groups = super().generate(prompts, seeds=seeds, **settings)
+            return [[m.Completion(c.token_ids, c.text, "length", c.logprobs) for c in group] for group in groups]
+
+    cfg, tokenizer = grpo.Config(group=2, direct=1), m.load_model(str(tiny))[1]
+    samples = grpo.rollout(Cut([PERFECT, HALF], ["tea"]), tokenizer, [RECORD], 0, cfg)
+    grpo.rollout(Cut([PERFECT, HALF], ["tea"]), tokenizer, [RECORD], 1, cfg)
+    assert not set(Cut.seen[0]) & set(Cut.seen[1])
+    grpo.score_samples(samples, None, cfg)
+    grpo.assign_advantages(samples, cfg)
+    assert all("truncated" in s["guards"] for s in samples)
+    assert grpo.rollout_metrics(samples)["truncated"] == 1.0
+
+
+def test_cloning_is_the_mean_of_row_means_times_lambda(tiny):
+    """Eq. 8 by hand: two experts of different lengths, the model's own logits."""
+    policy, _ = m.load_model(str(tiny))
+    rows = [grpo.Row([5, 9, 3, 7, 11], 2), grpo.Row([4, 6, 10, 12], 3)]
+    means = []
+    for row in rows:
+        logp_TV = policy(torch.tensor([row.ids])).logits[0].log_softmax(-1)
+        means.append(-torch.stack([logp_TV[t - 1, row.ids[t]] for t in range(row.start, len(row.ids))]).mean())
+    expected = sum(means) / 2
+    (0.25 * expected).backward()
+    by_hand = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    policy.zero_grad()
+    loss = grpo.cloning_backward(policy, rows, 2, grpo.Config(bc_coef=0.25), torch.float32)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    torch.testing.assert_close(gradient, by_hand, rtol=1e-4, atol=1e-7)
+
+
 def test_variants_of_reward_and_advantage(tiny):
     texts = [PERFECT, HALF, NO_FORMAT]
     for flags, rewards, advantages in [
@@ -385,11 +442,22 @@ def test_two_processes_take_the_same_steps_as_one(tiny, toy_data, tmp_path):
     for a, b in zip(one, two, strict=True):
         for key in ("reward", "response_tokens", "direct_rollouts"):
             assert a[key] == b[key]
-        for key in ("policy_loss", "kl", "bc_loss", "grad_norm"):
+        for key in ("policy_loss", "kl", "bc_loss", "grad_norm", "grad_norm_policy", "grad_norm_bc"):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=2e-5)
     names = [[json.loads(line)["id"] for line in open(tmp_path / n / "samples" / "step-000001.jsonl")]
              for n in ("one", "two")]
     assert sorted(names[0]) == sorted(names[1])
+
+
+def test_a_second_update_is_off_policy_at_the_sampling_temperature(tiny, toy_data, tmp_path):
+    flags = ["--model", tiny, "--records", toy_data, "--steps", 1, *FAST, "--temperature", 0.7, "--max-new-tokens", 24]
+    flags += ["--updates", 2, "--lr", 0.05, "--warmup", 0.0, "--lr-horizon", 4, "--advantage", "none"]
+    run_stage("grpo.py", *flags, "--out", tmp_path / "run")
+    [row] = m.read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    # The policy has moved after the first update: ratios to the stored log-probabilities leave the clip range.
+    assert row["clip_share"] > 0
+    assert row["engine_gap_max"] < 1e-3  # the trainer's log-probabilities are those of the sampling temperature
+    assert row["lr"] == pytest.approx(0.05 * m.warmup_cosine(1, 4, 0.0, 0.1))  # of update 1, the second
 
 
 def test_a_sharded_run_takes_the_same_steps_and_resumes_on_another_number_of_ranks(tiny, toy_data, tmp_path):
