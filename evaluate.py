@@ -124,6 +124,12 @@ class Config:
     seed: int = 0  # seed of the bootstrap
 
 
+PRESETS = {
+    "lesson": dict(benchmarks="runs/lesson/evolve/heldout.jsonl", out="runs/lesson/evaluate", max_new_tokens=120,
+                   sft_model="runs/lesson/sft/model", ours_model="runs/lesson/grpo/model", perplexity_items=8),
+}
+
+
 # ---------------------------------------------------------------- scoring one answer
 
 
@@ -2045,7 +2051,7 @@ def write_report(cfg, records, rows, benchmark_path):
 
 
 def main(argv=None):
-    cfg = parse_flags(Config, argv)
+    cfg = parse_flags(Config, argv, PRESETS)
     names = [name.strip() for name in cfg.benchmarks.split(",")] if cfg.benchmarks else []
     on_benchmarks = bool(names) and all(name in BENCHMARKS for name in names)
     cfg.out = cfg.out or ("runs/benchmarks" if on_benchmarks or cfg.table else "runs/evaluate")

@@ -84,7 +84,9 @@ class Config:
     language: Literal["en", "zh", "both"] = "en"  # language of the requests
     limit: int = 0  # use only so many requests, or recorded rows of a file; 0 = all
     dry_run: int = 0  # take so many requests through all steps, print what each step made, write no training files
-    types: Literal["ifeval", "all"] = "ifeval"  # constraint types that code verifies: the 25 of IFEval, or all
+    types: str = "ifeval"  # types that code verifies: ifeval (25), all (64), or names a,b,…; recorded rows: those alone
+    max_constraints: int = 0  # leave out recorded rows with more; most that are drawn for code; 0 = all rows, 5 drawn
+    answer_words: int = 0  # leave out recorded rows whose experts have longer answers; 0 = none
     judge_share: float = 0.5  # share of the requests that get judge-verified constraints; the others code-verified
     tries: int = 3  # expert answers per instruction; the shortest that passes is kept
     temperature: float = 0.6  # of the expert answers
@@ -100,6 +102,13 @@ class Config:
     raif: str = ""  # copies of the released RAIF files, comma-separated: turned into records, nothing else is done
     seed: int = 0  # of every draw; which side of the split a request is on does not depend on it
     out: str = "runs/evolve"  # folder of the results; finished calls found there are not made again
+
+
+PRESETS = {
+    "lesson": dict(  # the whole way in minutes: one constraint of four types, short answers
+        types="change_case:english_capital,change_case:english_lowercase,detectable_format:json_format,"
+              "startend:quotation", max_constraints=1, answer_words=60, math_ratio=0.0, out="runs/lesson/evolve"),
+}
 
 
 # ---------------------------------------------------------------- step 1: requests
@@ -460,6 +469,18 @@ def keep(folder: Path, step: str, rows) -> None:
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 
 
+def chosen_types(cfg: Config) -> list[str]:
+    """The constraint types of --types."""
+    if cfg.types in ("ifeval", "all"):
+        return list(rewards.COMPAT if cfg.types == "ifeval" else CONSTRAINTS)
+    names = cfg.types.split(",")
+    for name in names:
+        if name not in CONSTRAINTS:
+            raise InputError(f"--types: {name!r} is unknown; give ifeval, all, or names such as "
+                             "punctuation:no_comma,keywords:order (data/constraints.jsonl lists them)")
+    return names
+
+
 def plan_drafts(seeds: list[dict], ask, cfg: Config, funnel) -> list[dict]:
     """A draft with constraints for each request: drawn ones for code, or an exemplar's parts rewritten for a judge."""
     exemplars = defaultdict(list)
@@ -476,10 +497,11 @@ def plan_drafts(seeds: list[dict], ask, cfg: Config, funnel) -> list[dict]:
         if by_judge:
             judged.append(draft)
         else:
-            known = rewards.COMPAT if cfg.types == "ifeval" else CONSTRAINTS
-            types = [name for name in CONSTRAINTS if name in known and name not in OOD_TYPES]
+            types = [name for name in chosen_types(cfg) if name not in OOD_TYPES]
             types += OOD_TYPES if split == "heldout" else ()
-            coded.append(draft | {"constraints": draw_constraints(rng, draft, types, tried)})
+            weights = COUNT_WEIGHTS[: cfg.max_constraints or None]
+            wanted = rng.choices(range(1, len(weights) + 1), weights)[0]
+            coded.append(draft | {"constraints": draw_constraints(rng, draft, types, tried, wanted)})
     suggest_words(coded, ask)
     for draft in coded:
         rng = random.Random(f"{cfg.seed}/wording/{draft['id']}")
@@ -489,9 +511,8 @@ def plan_drafts(seeds: list[dict], ask, cfg: Config, funnel) -> list[dict]:
     return coded + judged
 
 
-def draw_constraints(rng, draft: dict, types, tried: Counter) -> list[dict]:
-    """One to five compatible constraints that code verifies; types drawn least so far come first."""
-    wanted = rng.choices(range(1, 6), COUNT_WEIGHTS)[0]
+def draw_constraints(rng, draft: dict, types, tried: Counter, wanted: int) -> list[dict]:
+    """At most `wanted` compatible constraints that code verifies; types drawn least so far come first."""
     constraints: list[dict] = []
     for name in sorted(types, key=lambda name: tried[name] + 3 * rng.random()):
         if not rewards.compatible([name, *(c["id"] for c in constraints)]):
@@ -845,12 +866,22 @@ def apply_filters(drafts: list[dict], ask, folder: Path, funnel) -> list[dict]:
 # ---------------------------------------------------------------- step 6: files and report
 
 
+def wanted_row(row: dict, types: set[str], cfg: Config) -> bool:
+    """Do --types, --max-constraints and --answer-words leave the recorded row in?"""
+    named = cfg.types in ("ifeval", "all") or {c.get("id") for c in row["constraints"]} <= types
+    short = not cfg.answer_words or count_words(parts_of(row)["answer"]) <= cfg.answer_words
+    return named and short and len(row["constraints"]) <= (cfg.max_constraints or len(row["constraints"]))
+
+
 def read_recorded(cfg: Config, counts: Counter) -> list[dict]:
     """Drafts of the recorded teacher's rows: what stands in a row is what a model would reply at that step."""
     names = ("teacher", "rl", "dev", "heldout")
-    drafts, first_seen = [], {}
+    drafts, first_seen, types = [], {}, set(chosen_types(cfg))
     for path in [Path(cfg.recorded)] if cfg.recorded else [data_dir / f"{name}.jsonl" for name in names]:
-        for row in rewards.read_records(path)[: cfg.limit or None]:
+        found = rewards.read_records(path)
+        rows = [row for row in found if wanted_row(row, types, cfg)]
+        counts["not of --types, --max-constraints, --answer-words"] += len(found) - len(rows)
+        for row in rows[: cfg.limit or None]:
             if row["id"] in first_seen:
                 raise InputError(f"{path}: id {row['id']!r} is also in {first_seen[row['id']]}; make it unique")
             first_seen[row["id"]] = path
@@ -1076,7 +1107,7 @@ def check_settings(cfg: Config) -> None:
 
 
 def main(argv=None):
-    cfg = parse_flags(Config, argv)
+    cfg = parse_flags(Config, argv, PRESETS)
     check_settings(cfg)
     rank, _ = init_distributed()
     if cfg.raif:

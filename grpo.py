@@ -81,6 +81,10 @@ class Config:
 _PAPER = dict(steps=2000, prompts=32, updates=2, bc_batch=128, max_new_tokens=4096, lr=1e-6, lr_horizon=48_720,
               math_ratio=1.0, micro_tokens=16_384, activation_checkpointing=True, save_every=50)
 PRESETS = {
+    # The whole way in minutes, after the other stages' lesson presets.
+    "lesson": dict(model="runs/lesson/sft/model", records="runs/lesson/evolve/rl.jsonl", out="runs/lesson/grpo",
+                   steps=4, prompts=2, group=4, bc_batch=4, max_new_tokens=120, math_ratio=0.0, save_every=2,
+                   dev_prompts=8),
     "paper-1.5b": dict(model="Qwen/Qwen2.5-1.5B-Instruct", **_PAPER),
     "paper-7b": dict(model="Qwen/Qwen2.5-7B-Instruct", shard=True, **_PAPER),
 }

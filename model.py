@@ -76,7 +76,7 @@ def parse_flags(config_class, argv=None, presets=None):
         else:
             parser.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper(), help=help_text)
     if presets:
-        parser.add_argument("--preset", choices=sorted(presets), help="settings of the published runs")
+        parser.add_argument("--preset", choices=sorted(presets), help="settings that belong together, see PRESETS")
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset", None)
     values = dict(presets[preset]) if preset else {}

@@ -116,6 +116,13 @@ def test_nothing_is_lost_and_nothing_is_asked_twice(server, tmp_path):
     assert Faulty.requests > asked
 
 
+def test_the_reply_of_one_model_is_not_taken_for_that_of_another(server, tmp_path):
+    Faulty.share = 0.0
+    for model in ("toy", "other", "toy"):
+        m.Endpoint(server, model, cache=tmp_path).chat([talk("tea")], max_tokens=8)
+    assert Faulty.requests == 2
+
+
 def test_a_refusal_is_an_error_at_once_and_a_dead_server_after_the_retries(server):
     Faulty.share = 0.0
     with pytest.raises(InputError, match="refused the request"):
@@ -129,7 +136,7 @@ def test_a_served_judge_keeps_the_order_and_counts_what_it_cannot_read(server):
     judge = EndpointJudge(m.Endpoint(server, "toy", timeout=0.4).chat)
     # the template ends with the question, so this server echoes its last word
     verdicts = judge([("request", "answer", f"Answer {word}") for word in ["yes", "no", "perhaps", "yes"]])
-    assert len(verdicts) == 4 and judge.asked == 4
+    assert verdicts == [True, False, False, True] and (judge.asked, judge.unreadable) == (4, 1)
 
 
 @pytest.mark.slow

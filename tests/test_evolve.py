@@ -168,6 +168,37 @@ def test_all_compositions_go_through_and_judge_questions_count_as_not_asked(tmp_
     assert {r["id"] for r in train} == {r["id"] for r in MORE}
 
 
+def test_types_and_lengths_choose_among_recorded_rows_and_the_others_are_counted(tmp_path):
+    funnel = recorded(tmp_path, FILES["teacher"], "--types", "punctuation:no_comma,change_case:english_capital",
+                      "--max-constraints", "1", "--answer-words", "50", "--math-ratio", "0")
+    train = read_records(tmp_path / "out" / "train.jsonl")
+    assert {tuple(c["id"] for c in r["constraints"]) for r in train} == {
+        ("punctuation:no_comma",), ("change_case:english_capital",)}
+    assert max(evolve.count_words(parse_response(r["expert"]).answer) for r in train) <= 50
+    dropped = funnel["recorded rows"]["not of --types, --max-constraints, --answer-words"]
+    assert dropped == 450 - len(train) and funnel["recorded rows"]["kept"] == len(train)
+    with pytest.raises(InputError, match="--types: 'no_such:type' is unknown"):
+        recorded(tmp_path, FILES["teacher"], "--types", "no_such:type")
+
+
+def test_the_lesson_preset_of_every_stage_reads_what_the_one_before_writes(tmp_path):
+    import evaluate
+    import grpo
+    import sft
+
+    lessons = {module.__name__: module.PRESETS["lesson"] for module in (evolve, sft, grpo, evaluate)}
+    out = lessons["evolve"]["out"]
+    assert lessons["sft"]["records"] == f"{out}/train.jsonl" and lessons["grpo"]["records"] == f"{out}/rl.jsonl"
+    assert lessons["grpo"]["model"] == lessons["evaluate"]["sft_model"] == f"{lessons['sft']['out']}/model"
+    assert lessons["evaluate"]["ours_model"] == f"{lessons['grpo']['out']}/model"
+    assert lessons["evaluate"]["benchmarks"] == f"{out}/heldout.jsonl"
+    evolve.main(["--preset", "lesson", "--out", str(tmp_path)])
+    for split in evolve.SPLITS:
+        records = read_records(tmp_path / f"{split}.jsonl")
+        assert len(records) > 5 and all(len(r["constraints"]) == 1 for r in records)
+    assert len({c["id"] for r in read_records(tmp_path / "train.jsonl") for c in r["constraints"]}) == 4
+
+
 def test_two_recorded_rows_of_one_id_and_an_unknown_split_are_named(tmp_path):
     row = FILES["teacher"][0]
     with pytest.raises(InputError, match=":2: field 'id'"):

@@ -125,7 +125,7 @@ def server():
 @pytest.fixture
 def calm(monkeypatch):
     """One code constraint a record, with the arguments of its example, so that the script knows a passing answer."""
-    monkeypatch.setattr(evolve, "COUNT_WEIGHTS", (1, 0, 0, 0, 0))
+    monkeypatch.setattr(evolve, "COUNT_WEIGHTS", (1,))
     monkeypatch.setattr("rewards.Constraint.sample", lambda self, rng, language, prompt="": (
         dict(self.example["kwargs"]) if language in self.languages else None))
 

@@ -239,6 +239,14 @@ def test_prompt_modes_with_and_without_a_system_role(loaded):
         m.render_prompt(tokenizer, QUESTION, "x")
 
 
+def test_a_system_message_of_the_record_stays_in_front_of_the_trigger(loaded):
+    loaded[1].chat_template = CHATML
+    messages = [{"role": "system", "content": "You are terse."}, *QUESTION]
+    text = loaded[1].decode(m.render_prompt(loaded[1], messages, "cot").ids)
+    assert text.count("<|im_start|>system") == 1
+    assert text.index("You are terse.") < text.index("<answer>") < text.index("Name red.")
+
+
 def test_warm_family_thinks_by_itself(loaded):
     for template in (CHATML, R1):
         text, prefill = rendered(loaded[1], template, "cot", "warm")
