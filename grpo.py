@@ -4,6 +4,7 @@
     torchrun --standalone --nproc-per-node 2 grpo.py           # the same gradient from two processes
     torchrun --nproc-per-node 4 grpo.py --preset paper-1.5b --records FILE
     python grpo.py --resume                                    # go on after a kill: bit for bit the same weights on CPU
+    python grpo.py --show runs/grpo --step 3 [--id rl-0012]    # one step's rollouts in the terminal, group by group
 
 The way of one prompt: record -> prompt ids -> G reasoning + H direct rollouts -> scores -> rewards_PG, keep_P,
 advantages_PG -> micro-batches -> logp, old, ref -> loss + BC -> optimizer step -> log line and samples file.
@@ -11,6 +12,7 @@ What is not in here, because the paper's objective does not have it: an entropy 
 (γ = 1), KL inside the reward, more than one inner epoch.
 """
 
+import argparse
 import math
 import random
 import sys
@@ -463,8 +465,52 @@ def dev_metrics(engine, tokenizer, records: list[dict], cfg: Config) -> dict:
 # ---------------------------------------------------------------- the run
 
 
-def main():
-    cfg = m.parse_flags(Config, presets=PRESETS)
+def readable(sample: dict) -> dict:
+    """A rollout as a line of the samples file that can be read alone.
+
+    Prompt, text, each constraint with its verdict, reward parts, advantage, and whether it was trained on, or why not.
+    """
+    record = sample["record"]
+    if record["task"] == "math":
+        asked = [f"The result is {record['answer']}."]
+    else:
+        asked = [c.get("text") or c.get("question") or c["id"] for c in record["constraints"] if c["active"]]
+    constraints = [{"text": text, "met": met} for text, met in zip(asked, sample["verdicts"], strict=True)]
+    kept = {name: value for name, value in sample.items() if name not in ("record", "prompt_ids", "logprobs")}
+    return {"prompt": record["messages"][-1]["content"], **kept, "constraints": constraints}
+
+
+def show(argv) -> None:
+    """--show RUN --step N [--id ID]: the rollouts of a step from the samples file, group by group."""
+    parser = argparse.ArgumentParser(description=show.__doc__)
+    parser.add_argument("--show", required=True, metavar="RUN")
+    parser.add_argument("--step", type=int, required=True)
+    parser.add_argument("--id", default="")
+    given = parser.parse_args(argv)
+    path = Path(given.show) / "samples" / f"step-{given.step:06d}.jsonl"
+    samples = [sample for sample in m.read_jsonl(path) if given.id in ("", sample["id"])]
+    if not samples:
+        raise InputError(f"{path}: {'no rollout of ' + given.id if path.exists() else 'is not there'}; "
+                         f"{given.show}/samples holds a file for each finished step")
+    last = ""
+    for sample in samples:
+        if sample["id"] != last:
+            print(f"{'=' * 100}\nstep {given.step}, {sample['id']}: {sample['prompt']}")
+        last = sample["id"]
+        print(f"{'-' * 100}\n{sample['mode']}: reward {sample['reward']:+.2f} = format {sample['format']:+.0f} and "
+              f"accuracy {sample['accuracy']:+.2f}", end="")
+        if sample["advantage"] is not None:
+            print(f", advantage {sample['advantage']:+.2f}", end="")
+        print("; trained on" if sample["kept"] else f"; not trained on: {sample['why']}")
+        for constraint in sample["constraints"]:
+            print(f"  [{'x' if constraint['met'] else ' '}] {constraint['text']}")
+        print(sample["text"])
+
+
+def main(argv=None):
+    if "--show" in (sys.argv if argv is None else argv):
+        return show(argv)
+    cfg = m.parse_flags(Config, argv, presets=PRESETS)
     if cfg.superior_cot and (cfg.direct == 0 or cfg.data == "math"):
         raise InputError(f"--direct {cfg.direct} --data {cfg.data}: the superior-CoT rule compares with direct rollouts"
                          " of instructions and could never fire; give --direct 2 and other --data, or "
@@ -497,7 +543,7 @@ def main():
         m.shard_model(reference, dtype, offload=cfg.offload != "none")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     # What a resumed run goes on from, beside weights and optimizer; all else follows from (seed, step).
-    done = {"step": 0, "direct_seen": 0, "skipped": 0, "flat_steps": 0, "rewards": [], "best": -math.inf}
+    done = {"step": 0, "direct_seen": 0, "skipped": 0, "rewards": [], "best": -math.inf}
     if cfg.resume:
         done = m.load_checkpoint(run, policy, optimizer)
     began, first_step = time.time(), done["step"]
@@ -580,7 +626,6 @@ def main():
             clock.append(time.time())
         done["direct_seen"] += metrics["direct_rollouts"]
         done["skipped"] += len({s["id"] for s in all_samples if s["why"] == "worse than direct"})
-        done["flat_steps"] += metrics["flat_groups"] == 1
         done["rewards"].append(metrics["reward"])
         if rank == 0:
             sampled = sum(len(s["token_ids"]) for s in all_samples)
@@ -591,8 +636,7 @@ def main():
                            update_tps=round(totals["trained"] * cfg.updates / update_s, 1))
             m.append_jsonl(run / "metrics.jsonl", metrics)
             m.write_jsonl(run / "samples" / f"step-{step:06d}.jsonl",
-                          [{k: v for k, v in s.items() if k not in ("record", "prompt_ids", "logprobs")}
-                           for s in all_samples])
+                          [readable(sample) for sample in all_samples])
             eta = (time.time() - began) / (step - first_step) * (cfg.steps - step)
             bar.write(
                 f"step {step}/{cfg.steps} reward {metrics['reward']:+.2f} (format {metrics['reward_format']:+.2f}, "
@@ -606,8 +650,9 @@ def main():
             if "dev_all_met" in metrics:
                 bar.write(f"development prompts, greedy: all met {metrics['dev_all_met']:.2f}, format "
                           f"{metrics['dev_format_rate']:.2f}, {metrics['dev_slips']:.2f} slips per 100 answer tokens")
-            if done["flat_steps"] == step and step % 10 == 0:
-                bar.write(f"warning: in {step} steps no reward ever differed within a group: nothing is learned; look "
+            recent = [row["flat_groups"] for row in m.read_jsonl(run / "metrics.jsonl")[-10:]]
+            if step % 10 == 0 and min(recent) == 1:
+                bar.write("warning: in the last ten steps no reward differed within a group: nothing is learned; look "
                           f"at {run / 'samples'}: is every answer right, or every one wrong?")
         bar.update()
         m.keep_freed_memory(trim=True)

@@ -93,8 +93,8 @@ def validate(policy, rows, cfg: Config, dtype, rank: int, world: int) -> float:
     return m.sum_over_ranks(total) / sum(len(ids) - start for ids, start in rows)
 
 
-def main():
-    cfg = m.parse_flags(Config, presets=PRESETS)
+def main(argv=None):
+    cfg = m.parse_flags(Config, argv, presets=PRESETS)
     rank, world = m.init_distributed()
     stop = m.stop_signals()
     m.keep_freed_memory()

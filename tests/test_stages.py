@@ -34,6 +34,13 @@ def test_all_stages_on_a_tiny_model(tiny, tmp_path):
     samples = m.read_jsonl(tmp_path / "grpo/samples/step-000001.jsonl")
     assert {s["mode"] for s in samples} == {"cot", "direct"}
     assert all({"text", "verdicts", "reward", "accuracy", "advantage", "kept"} <= set(s) for s in samples)
+    assert all(s["prompt"] and [c["met"] for c in s["constraints"]] == s["verdicts"] and (s["kept"] or s["why"])
+               for s in samples)
+    shown = run_stage("grpo.py", "--show", tmp_path / "grpo", "--step", 1, "--id", samples[0]["id"]).stdout
+    assert samples[0]["prompt"] in shown and f"[ ] {samples[0]['constraints'][0]['text']}" in shown
+    assert shown.count("reward") == sum(s["id"] == samples[0]["id"] for s in samples)
+    missing = run_stage("grpo.py", "--show", tmp_path / "grpo", "--step", 9, check=False)
+    assert missing.returncode == 2 and "step-000009.jsonl: is not there" in missing.stderr
     last = m.read_jsonl(tmp_path / "grpo/metrics.jsonl")[-1]
     assert last["direct_rollouts"] > 0 and {"skip_rate", "flat_groups", "kl", "clip_share", "bc_loss"} <= set(last)
     assert last["grad_norm_policy"] > 0 and last["grad_norm_bc"] > 0 and 4 < last["entropy"] < 7  # ln 512 = 6.2
