@@ -2024,9 +2024,9 @@ def plot_training(curves, path):
 
 def training_curves(cfg):
     """(title, steps, values) of what sft.py and grpo.py logged beside the models of the rows SFT and Ours."""
-    wanted = [("sft", cfg.sft_model, key) for key in ("loss", "val_loss")]
+    wanted = [("sft", cfg.sft_model, key) for key in ("loss/train", "loss/val")]
     wanted += [("grpo", cfg.ours_model, key) for key in (
-        "reward", "all_met", "dev_all_met", "dev_slips", "entropy", "skip_rate")]
+        "reward/mean", "reward/all_met", "dev/all_met", "dev/slips", "rollout/entropy", "rollout/skip_rate")]
     curves = []
     for stage, model, key in wanted:
         metrics = read_jsonl(Path(model).parent / "metrics.jsonl")

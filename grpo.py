@@ -16,17 +16,15 @@ import argparse
 import math
 import random
 import sys
-import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 import model as m
-from rewards import InputError, count_slips, parse_response, read_records, score
+from rewards import InputError, Score, count_slips, parse_response, read_records, score
 
 
 @dataclass
@@ -155,30 +153,41 @@ def grpo_loss(logp_BT, old_logp_BT, ref_logp_BT, advantages_B, mask_BT, *, clip_
     return policy_loss + kl_coef * kl, stats
 
 
+# ---------------------------------------------------------------- the update
+
+
 @dataclass
-class Row:
-    """One response to train on."""
+class Rollout:
+    """One response, from its birth to its line in the samples file."""
 
-    ids: list[int]  # prompt and response
-    start: int  # index of the first response token
-    advantage: float = 0.0
-    old_logp: torch.Tensor | None = None  # (R,) under the policy that sampled it, by the trainer's own arithmetic
-    sampled_logp: list[float] | None = None  # the same by the engine's: only compared
-
-    def __iter__(self):  # packs of rows are packs of (token ids, response start)
-        return iter((self.ids, self.start))
+    mode: str  # "cot": with reasoning, trained on; "direct": with an empty thought, compared with
+    sequence: m.Sequence  # prompt and response; takes advantage and old log-probabilities through the update
+    text: str  # the whole assistant turn, what the prompt has opened included
+    finish_reason: str  # "stop" or "length"
+    sampled_logp: list[float]  # of each response token by the engine: compared with the trainer's, never trained on
+    score: Score | None = None
 
 
-def filler() -> list[list[Row]]:
-    """A micro-batch of weight 0, for a rank that has none left (new each time: rows keep log-probabilities)."""
-    return [[Row([0, 0], 1)]]
+@dataclass
+class Group:
+    """The rollouts of one prompt."""
+
+    record: dict
+    reasoning: list[Rollout] = field(default_factory=list)  # G
+    direct: list[Rollout] = field(default_factory=list)  # H
+    why_not: str = ""  # why it is not trained on ("worse than direct", "zero variance"); empty if it is
 
 
-def policy_backward(policy, reference, rows: list[Row], normalizer: int, cfg: Config, dtype) -> dict:
-    """Accumulate the gradient of L_policy + kl_coef · L_KL over these rows; returns the summed stats."""
+def filler() -> list[list[m.Sequence]]:
+    """A micro-batch of weight 0, for a rank that has none left (new each time: sequences keep log-probabilities)."""
+    return [[m.Sequence([0, 0], 1)]]
+
+
+def policy_backward(policy, reference, sequences: list[m.Sequence], normalizer: int, cfg: Config, dtype) -> Counter:
+    """Accumulate the gradient of L_policy + kl_coef · L_KL over these sequences; returns the summed stats."""
     totals = Counter()
-    for packs, weight in m.equal_counts(m.micro_batches(rows, cfg.micro_tokens), filler()):
-        batch, ref_logp_BR = [row for pack in packs for row in pack], None
+    for packs, weight in m.equal_counts(m.micro_batches(sequences, cfg.micro_tokens), filler()):
+        batch, ref_logp_BR = [sequence for pack in packs for sequence in pack], None
         if reference is not None:
             with torch.no_grad():
                 ref_logp_BR, _ = m.row_logprobs(reference, packs, dtype, cfg.temperature)
@@ -186,8 +195,8 @@ def policy_backward(policy, reference, rows: list[Row], normalizer: int, cfg: Co
         if batch[0].old_logp is None:  # the first update of a rollout batch is exactly on-policy
             keep_logprobs(batch, logp_BR, mask_BR)
         old_logp_BR = torch.zeros_like(logp_BR)
-        old_logp_BR[mask_BR] = torch.cat([row.old_logp for row in batch])
-        advantages_B = torch.tensor([row.advantage for row in batch], dtype=logp_BR.dtype, device=logp_BR.device)
+        old_logp_BR[mask_BR] = torch.cat([sequence.old_logp for sequence in batch])
+        advantages_B = torch.tensor([s.advantage for s in batch], dtype=logp_BR.dtype, device=logp_BR.device)
         loss, stats = grpo_loss(logp_BR, old_logp_BR, ref_logp_BR, advantages_B, mask_BR, clip_eps=cfg.clip_eps,
                                 kl_coef=cfg.kl_coef, normalizer=normalizer, clip_high=cfg.clip_high,
                                 row_length={"grpo": None, "dapo": 1, "dr_grpo": cfg.max_new_tokens}[cfg.loss])
@@ -198,10 +207,10 @@ def policy_backward(policy, reference, rows: list[Row], normalizer: int, cfg: Co
     return totals
 
 
-def cloning_backward(policy, rows: list[Row], normalizer: int, cfg: Config, dtype) -> float:
-    """Accumulate the gradient of λ · mean_i mean_t −log π_θ(ỹ|x̃) (Eq. 8) over expert rows; returns the BC loss."""
+def cloning_backward(policy, experts: list[m.Sequence], normalizer: int, cfg: Config, dtype) -> float:
+    """Accumulate the gradient of λ · mean_i mean_t −log π_θ(ỹ|x̃) (Eq. 8) over expert answers; returns the BC loss."""
     total = 0.0
-    for packs, weight in m.equal_counts(m.micro_batches(rows, cfg.micro_tokens), filler()):
+    for packs, weight in m.equal_counts(m.micro_batches(experts, cfg.micro_tokens), filler()):
         logp_BR, mask_BR = m.row_logprobs(policy, packs, dtype)
         loss = -weight * (logp_BR.sum(1) / mask_BR.sum(1)).sum() / normalizer
         (cfg.bc_coef * loss).backward()
@@ -210,29 +219,50 @@ def cloning_backward(policy, rows: list[Row], normalizer: int, cfg: Config, dtyp
 
 
 @torch.no_grad()
-def store_old_logprobs(policy, rows: list[Row], cfg: Config, dtype) -> None:
+def store_old_logprobs(policy, sequences: list[m.Sequence], cfg: Config, dtype) -> None:
     """Fill in old_logp: the sampling policy's log-probabilities, needed once the policy moves on."""
-    for packs, _ in m.equal_counts(m.micro_batches(rows, cfg.micro_tokens), filler()):
-        keep_logprobs([row for pack in packs for row in pack], *m.row_logprobs(policy, packs, dtype, cfg.temperature))
+    for packs, _ in m.equal_counts(m.micro_batches(sequences, cfg.micro_tokens), filler()):
+        batch = [sequence for pack in packs for sequence in pack]
+        keep_logprobs(batch, *m.row_logprobs(policy, packs, dtype, cfg.temperature))
 
 
-def keep_logprobs(batch: list[Row], logp_BR, mask_BR) -> None:
-    for row, logp_R, mask_R in zip(batch, logp_BR.detach(), mask_BR, strict=True):
-        row.old_logp = logp_R[mask_R]
+def keep_logprobs(batch: list[m.Sequence], logp_BR, mask_BR) -> None:
+    for sequence, logp_R, mask_R in zip(batch, logp_BR.detach(), mask_BR, strict=True):
+        sequence.old_logp = logp_R[mask_R]
 
 
-def engine_mismatch(rows: list[Row]) -> dict:
+def split_into_updates(groups: list[Group], step: int, cfg: Config) -> list[tuple[list[m.Sequence], int]]:
+    """(this rank's sequences, normalizer) of each update: the kept responses of all ranks, shuffled alike everywhere.
+
+    The normalizer is counted over the whole update and all ranks, so that micro-batches and ranks add up to the same
+    gradient; skipped prompts are in no part and so in no count.
+    """
+    own = {(group.record["id"], i): rollout.sequence
+           for group in groups if not group.why_not for i, rollout in enumerate(group.reasoning)}
+    lengths = dict(m.gather_objects([(key, len(sequence.ids) - sequence.start) for key, sequence in own.items()]))
+    keys = sorted(lengths)
+    random.Random(f"{cfg.seed}/shuffle/{step}").shuffle(keys)
+    updates = []
+    for u in range(cfg.updates):
+        part = keys[u * len(keys) // cfg.updates : (u + 1) * len(keys) // cfg.updates]
+        normalizer = sum(lengths[key] for key in part) if cfg.loss == "dapo" else len(part)
+        updates.append(([own[key] for key in part if key in own], normalizer))
+    return updates
+
+
+def engine_mismatch(groups: list[Group]) -> dict:
     """|Δ|, its maximum and KL(engine ‖ trainer) in nats a token, over all ranks; Δ = trainer − engine log-probability.
 
     They differ by arithmetic alone (kernels, bf16); growing figures mean that the engine runs on other weights.
     """
-    gaps = [row.old_logp.float().cpu() - torch.tensor(row.sampled_logp) for row in rows if row.old_logp is not None]
+    gaps = [rollout.sequence.old_logp.float().cpu() - torch.tensor(rollout.sampled_logp)
+            for group in groups for rollout in group.reasoning if rollout.sequence.old_logp is not None]
     gap_N = torch.cat(gaps or [torch.zeros(0)])
     parts = m.gather_objects([(gap_N.abs().sum().item(), gap_N.abs().max().item() if len(gap_N) else 0.0,
                                (gap_N.exp() - 1 - gap_N).sum().item(), len(gap_N))])
     total, most, kl, count = zip(*parts, strict=True)
-    return {"engine_gap": round(sum(total) / max(1, sum(count)), 5), "engine_gap_max": round(max(most), 4),
-            "engine_kl": round(sum(kl) / max(1, sum(count)), 6)}
+    return {"rollout/engine_gap": sum(total) / max(1, sum(count)), "rollout/engine_gap_max": max(most),
+            "rollout/engine_kl": sum(kl) / max(1, sum(count))}
 
 
 # ---------------------------------------------------------------- data
@@ -251,8 +281,8 @@ def within_limit(records: list[dict], tokenizer, cfg: Config) -> list[dict]:
     return fitting
 
 
-def load_pools(cfg: Config, tokenizer) -> dict[str, list[dict]]:
-    """{"instruction", "math", "expert"}: record lists, prompts over the limit left out and counted.
+def load_pools(cfg: Config, tokenizer) -> dict[str, list]:
+    """{"instruction", "math"}: records to roll out, {"expert"}: sequences to clone; what is too long is counted.
 
     Rollouts start from --records. Cloned are the answers of --experts: on a laptop other requests, so that rollouts
     are about what SFT has not seen; in the paper the same ones.
@@ -271,7 +301,8 @@ def load_pools(cfg: Config, tokenizer) -> dict[str, list[dict]]:
               "left out", file=sys.stderr)
     limit = cfg.max_prompt_tokens + cfg.max_new_tokens
     experts = [record for record in within_limit(read_records(expert_path), tokenizer, cfg) if record.get("expert")]
-    short = [record for record in experts if len(m.encode_expert(tokenizer, record, cfg.family).ids) <= limit]
+    experts = [m.encode_expert(tokenizer, record, cfg.family) for record in experts]
+    short = [sequence for sequence in experts if len(sequence.ids) <= limit]
     if len(short) < len(experts):
         print(f"{len(experts) - len(short)} of {len(experts)} experts exceed {limit} tokens: not cloned",
               file=sys.stderr)
@@ -279,6 +310,7 @@ def load_pools(cfg: Config, tokenizer) -> dict[str, list[dict]]:
         "instruction": [record for record in fitting if record["task"] == "instruction" and cfg.data != "math"],
         "math": [record for record in fitting if record["task"] == "math" and cfg.data != "complex"],
         "expert": short,  # cloned whatever --data says
+        "dev": load_dev(cfg),
     }
     if not pools["instruction"] and cfg.data != "math":
         raise InputError(f"{path}: no instruction record within {cfg.max_prompt_tokens} prompt tokens; run "
@@ -342,11 +374,16 @@ def prompts_of_step(pools, step: int, cfg: Config) -> list[dict]:
     return list({record["id"]: record for record in records}.values())
 
 
+def experts_of_update(pools, number: int, cfg: Config) -> list[m.Sequence]:
+    """The expert answers that update `number` clones, over all ranks: other ones in every update."""
+    return draw(pools["expert"], "expert", number * cfg.bc_batch, cfg.bc_batch, cfg.seed)
+
+
 # ---------------------------------------------------------------- rollouts and rewards
 
 
-def rollout(engine, tokenizer, records: list[dict], step: int, cfg: Config) -> list[dict]:
-    """Reasoning and direct rollouts of these records: one dict a rollout, those of a record side by side."""
+def rollout(engine, tokenizer, records: list[dict], step: int, cfg: Config) -> list[Group]:
+    """G reasoning and H direct rollouts of each record; math has no direct ones, but G + H with reasoning."""
     wanted = []  # (record, mode, number of rollouts)
     for record in records:
         if record["task"] == "math":
@@ -356,128 +393,210 @@ def rollout(engine, tokenizer, records: list[dict], step: int, cfg: Config) -> l
     wanted = [item for item in wanted if item[2]]
     prompts = [m.render_prompt(tokenizer, record["messages"], mode, cfg.family, record.get("language", "en"))
                for record, mode, _ in wanted]
-    groups = engine.generate(
+    completions = engine.generate(
         [prompt.ids for prompt in prompts], n=[count for _, _, count in wanted], max_tokens=cfg.max_new_tokens,
         temperature=cfg.temperature, stop=(),
         seeds=[m.record_seed(cfg.seed, step, f"{record['id']}/{mode}") for record, mode, _ in wanted],
     )
-    return [
-        {"id": record["id"], "task": record["task"], "mode": mode, "prompt_ids": prompt.ids,
-         "token_ids": completion.token_ids, "text": prompt.prefill + completion.text,
-         "finish_reason": completion.finish_reason, "logprobs": completion.logprobs, "record": record}
-        for (record, mode, _), prompt, group in zip(wanted, prompts, groups, strict=True)
-        for completion in group
-    ]
+    groups = {record["id"]: Group(record) for record in records}
+    for (record, mode, _), prompt, several in zip(wanted, prompts, completions, strict=True):
+        group = groups[record["id"]]
+        for c in several:
+            sequence = m.Sequence(prompt.ids + c.token_ids, len(prompt.ids))
+            made = Rollout(mode, sequence, prompt.prefill + c.text, c.finish_reason, c.logprobs)
+            (group.reasoning if mode == "cot" else group.direct).append(made)
+    return list(groups.values())
 
 
-def score_samples(samples: list[dict], judge, cfg: Config) -> None:
-    """Add `format`, `accuracy`, `reward` (their sum) and `verdicts`; direct ones are scored by their answer alone."""
+def score_groups(groups: list[Group], judge, cfg: Config) -> None:
+    """Give each rollout its Score; direct ones are scored by their answer alone."""
     for direct in (False, True):
-        part = [sample for sample in samples if (sample["mode"] == "direct") == direct]
-        scores = score([s["record"] for s in part], [s["text"] for s in part], judge=judge, family=cfg.family,
-                       direct=direct, variant=cfg.reward, truncated=[s["finish_reason"] == "length" for s in part])
-        for sample, result in zip(part, scores, strict=True):
-            sample.update(format=result.format, accuracy=result.accuracy, reward=result.total,
-                          verdicts=result.verdicts, guards=result.guards)
+        pairs = [(group.record, made) for group in groups for made in (group.direct if direct else group.reasoning)]
+        scores = score([record for record, _ in pairs], [made.text for _, made in pairs], judge=judge,
+                       family=cfg.family, direct=direct, variant=cfg.reward,
+                       truncated=[made.finish_reason == "length" for _, made in pairs])
+        for (_, made), result in zip(pairs, scores, strict=True):
+            made.score = result
 
 
-def assign_advantages(samples: list[dict], cfg: Config) -> None:
-    """Add `advantage`, `kept` and, where it is not kept, `why` to the samples of each group.
+ADVANTAGES = {
+    "group_norm": group_advantages,
+    "mean_only": lambda rewards_PG: rewards_PG - rewards_PG.mean(1, keepdim=True),
+    "none": lambda rewards_PG: rewards_PG,
+}
 
-    Groups are taken one by one: math groups have another size than instructions.
+
+def assign_advantages(groups: list[Group], cfg: Config) -> None:
+    """Give each reasoning rollout its advantage, and each group that is left out of the update the reason."""
+    for task in ("instruction", "math"):  # their groups have different sizes: G + H, and G + H + 0
+        part = [group for group in groups if group.record["task"] == task]
+        if not part:
+            continue
+        # Mean and std are those of the reasoning rollouts alone (the released code mixes the direct ones in).
+        rewards_PG = torch.tensor([[r.score.total for r in g.reasoning] for g in part], dtype=torch.float64)
+        accuracy_PG = torch.tensor([[r.score.accuracy for r in g.reasoning] for g in part], dtype=torch.float64)
+        direct_PH = torch.tensor([[r.score.accuracy for r in g.direct] for g in part], dtype=torch.float64)
+        advantages_PG = ADVANTAGES[cfg.advantage](rewards_PG)
+        keep_P = superior_cot_mask(accuracy_PG, direct_PH)
+        flat_P = rewards_PG.amax(1) == rewards_PG.amin(1)
+        for p, group in enumerate(part):
+            if cfg.superior_cot and not keep_P[p]:
+                group.why_not = "worse than direct"
+            elif cfg.drop_zero_variance and flat_P[p]:
+                group.why_not = "zero variance"
+            for made, advantage in zip(group.reasoning, advantages_PG[p].tolist(), strict=True):
+                made.sequence.advantage = advantage
+
+
+# ---------------------------------------------------------------- books
+
+
+def sample_lines(group: Group) -> list[dict]:
+    """The group's rollouts as lines of the samples file, each of which can be read alone.
+
+    Prompt, text, each constraint with its verdict, reward parts, advantage, and whether it was trained on, or why not.
     """
-    groups: dict[str, list[dict]] = {}
-    for sample in samples:
-        groups.setdefault(sample["id"], []).append(sample)
-    for group in groups.values():
-        reasoning = [s for s in group if s["mode"] == "cot"]
-        direct = [s for s in group if s["mode"] == "direct"]
-        rewards_PG = torch.tensor([[s["reward"] for s in reasoning]], dtype=torch.float64)
-        accuracy_PG = torch.tensor([[s["accuracy"] for s in reasoning]], dtype=torch.float64)
-        direct_PH = torch.tensor([[s["accuracy"] for s in direct]], dtype=torch.float64)
-        # The mean and std are those of the reasoning rollouts alone (the released code mixes the direct ones in).
-        advantages_PG = {"group_norm": group_advantages(rewards_PG), "none": rewards_PG,
-                         "mean_only": rewards_PG - rewards_PG.mean(1, keepdim=True)}[cfg.advantage]
-        keep_P = superior_cot_mask(accuracy_PG, direct_PH) if cfg.superior_cot else torch.ones(1, dtype=torch.bool)
-        why = "" if keep_P[0] else "worse than direct"
-        if cfg.drop_zero_variance and not why and bool((rewards_PG == rewards_PG[0, 0]).all()):
-            why = "zero variance"
-        for sample, advantage in zip(reasoning, advantages_PG[0].tolist(), strict=True):
-            sample.update(advantage=advantage, kept=not why, why=why)
-        for sample in direct:  # they judge the reasoning; they are not trained on
-            sample.update(advantage=None, kept=False, why="direct")
+    record, lines = group.record, []
+    if record["task"] == "math":
+        asked = [f"The result is {record['answer']}."]
+    else:
+        asked = [c.get("text") or c.get("question") or c["id"] for c in record["constraints"] if c["active"]]
+    for made in group.reasoning + group.direct:
+        trained, result = made.mode == "cot", made.score
+        lines.append({
+            "id": record["id"], "task": record["task"], "mode": made.mode, "prompt": record["messages"][-1]["content"],
+            "text": made.text, "finish_reason": made.finish_reason,
+            "constraints": [{"text": text, "met": met} for text, met in zip(asked, result.verdicts, strict=True)],
+            "verdicts": result.verdicts, "guards": result.guards,
+            "format": result.format, "accuracy": result.accuracy, "reward": result.total,
+            "advantage": made.sequence.advantage if trained else None,
+            "kept": trained and not group.why_not, "why": group.why_not if trained else "direct",
+            "token_ids": made.sequence.ids[made.sequence.start :],
+            "nll": -sum(made.sampled_logp),
+        })
+    return lines
 
 
-def rollout_metrics(samples: list[dict]) -> dict:
-    """Reward parts, rates and lengths of a step, over all ranks' samples."""
+def rollout_metrics(lines: list[dict]) -> dict:
+    """Reward parts, rates and lengths of a step, from the sample lines of all ranks."""
 
     def mean(values):
         values = list(values)
-        return round(sum(values) / len(values), 4) if values else None
+        return sum(values) / len(values) if values else None
 
-    reasoning = [s for s in samples if s["mode"] == "cot"]
-    instructions = [s for s in reasoning if s["task"] == "instruction"]
-    direct = [s for s in samples if s["mode"] == "direct"]
+    reasoning = [line for line in lines if line["mode"] == "cot"]
+    instructions = [line for line in reasoning if line["task"] == "instruction"]
+    direct = [line for line in lines if line["mode"] == "direct"]
     groups: dict[str, list[dict]] = {}
-    for s in reasoning:
-        groups.setdefault(s["id"], []).append(s)
+    for line in reasoning:
+        groups.setdefault(line["id"], []).append(line)
+    tokens = sum(len(line["token_ids"]) for line in reasoning)
     return {
-        "reward": mean(s["reward"] for s in reasoning),
-        "reward_format": mean(s["format"] for s in reasoning),
-        "reward_accuracy": mean(s["accuracy"] for s in reasoning),
-        "all_met": mean(all(s["verdicts"]) for s in instructions),
-        "direct_all_met": mean(all(s["verdicts"]) for s in direct),
-        "math_correct": mean(s["accuracy"] == 2 for s in reasoning if s["task"] == "math"),
-        "format_rate": mean(s["format"] > 0 for s in reasoning),
-        "truncated": mean(s["finish_reason"] == "length" for s in reasoning),
-        "guards": dict(Counter(name for s in reasoning for name in s["guards"])),
-        "skip_rate": mean(g[0]["why"] == "worse than direct" for g in groups.values() if g[0]["task"] == "instruction"),
-        "flat_groups": mean(len({s["reward"] for s in g}) == 1 for g in groups.values()),
-        "response_tokens": mean(len(s["token_ids"]) for s in reasoning),
-        # −log p of a sampled token has the entropy of the sampling distribution as its mean (nats a token).
-        "entropy": mean(-logp for s in reasoning for logp in s["logprobs"]),
-        "direct_rollouts": len(direct),
+        "reward/mean": mean(line["reward"] for line in reasoning),
+        "reward/format": mean(line["format"] for line in reasoning),
+        "reward/accuracy": mean(line["accuracy"] for line in reasoning),
+        "reward/all_met": mean(all(line["verdicts"]) for line in instructions),
+        "reward/all_met_direct": mean(all(line["verdicts"]) for line in direct),
+        "reward/math_correct": mean(line["accuracy"] == 2 for line in reasoning if line["task"] == "math"),
+        "reward/zero_variance": mean(len({line["reward"] for line in group}) == 1 for group in groups.values()),
+        "rollout/format_ok": mean(line["format"] > 0 for line in reasoning),
+        "rollout/truncated": mean(line["finish_reason"] == "length" for line in reasoning),
+        "rollout/guards": dict(Counter(name for line in reasoning for name in line["guards"])),
+        "rollout/skip_rate": mean(group[0]["why"] == "worse than direct" for group in groups.values()
+                                  if group[0]["task"] == "instruction"),
+        "rollout/skipped_prompts": sum(group[0]["why"] == "worse than direct" for group in groups.values()),
+        "rollout/tokens": tokens / max(1, len(reasoning)),
+        "rollout/entropy": sum(line["nll"] for line in reasoning) / max(1, tokens),
+        "rollout/direct": len(direct),
     }
 
 
-def dev_metrics(engine, tokenizer, records: list[dict], cfg: Config) -> dict:
+def dev_metrics(engine, policy, tokenizer, records: list[dict], cfg: Config) -> dict:
     """Greedy answers to development prompts, the ranks' shares put together: what training has reached so far.
 
     Slips are single faults, such as each capital in an answer that has to be in lower case, per 100 answer tokens.
     """
+    if not records:
+        return {}
     rank, world = m.init_distributed()
     own = records[rank::world]
     prompts = [m.render_prompt(tokenizer, record["messages"], "cot", cfg.family, record.get("language", "en"))
                for record in own]
-    groups = engine.generate([prompt.ids for prompt in prompts], n=1, max_tokens=cfg.max_new_tokens, temperature=0.0,
-                             seeds=[0] * len(own))
-    texts = [prompt.prefill + group[0].text for prompt, group in zip(prompts, groups, strict=True)]
+    engine.wake()
+    engine.sync(policy)
+    completions = engine.generate([prompt.ids for prompt in prompts], n=1, max_tokens=cfg.max_new_tokens,
+                                  temperature=0.0, seeds=[0] * len(own))
+    engine.sleep()
+    texts = [prompt.prefill + several[0].text for prompt, several in zip(prompts, completions, strict=True)]
     rows = []
     for record, text, result in zip(own, texts, score(own, texts, family=cfg.family), strict=True):
         answer = parse_response(text, cfg.family).answer
         tokens = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
         rows.append((all(result.verdicts), result.format > 0, count_slips(record, answer), tokens))
     met, well_formed, slips, tokens = (sum(column) for column in zip(*m.gather_objects(rows), strict=True))
-    return {"dev_all_met": round(met / len(records), 4), "dev_format_rate": round(well_formed / len(records), 4),
-            "dev_slips": round(100 * slips / max(1, tokens), 3)}
+    return {"dev/all_met": met / len(records), "dev/format_ok": well_formed / len(records),
+            "dev/slips": 100 * slips / max(1, tokens)}
 
 
-# ---------------------------------------------------------------- the run
+def loss_metrics(totals: Counter, cfg: Config) -> dict:
+    """Losses, gradient norms and padding of a step: means over its updates, of all ranks together."""
+    summed = {name: m.sum_over_ranks(totals[name]) / cfg.updates
+              for name in ("policy_loss", "kl", "clip_share", "bc_loss", "tokens", "slots", "trained")}
+    return {
+        "loss/policy": summed["policy_loss"],
+        "loss/kl": summed["kl"],
+        "loss/clip_share": summed["clip_share"],
+        "loss/bc": summed["bc_loss"],
+        **{f"loss/{name}": totals[name] / cfg.updates for name in ("grad_norm", "grad_norm_policy", "grad_norm_bc")},
+        "loss/tokens": summed["trained"] * cfg.updates,
+        "loss/padding": 1 - summed["tokens"] / max(1, summed["slots"]),
+    }
 
 
-def readable(sample: dict) -> dict:
-    """A rollout as a line of the samples file that can be read alone.
+def warn_if_flat(run: m.Run) -> None:
+    """Every ten steps: is there still a group in which rewards differ?"""
+    if m.is_main():
+        rows = m.read_jsonl(run.folder / "metrics.jsonl")
+        if len(rows) % 10 == 0 and all(row["reward/zero_variance"] == 1 for row in rows[-10:]):
+            run.say("warning: in the last ten steps no reward differed within a group: nothing is learned; look at "
+                    f"{run.folder / 'samples'}: is every answer right, or every one wrong?")
 
-    Prompt, text, each constraint with its verdict, reward parts, advantage, and whether it was trained on, or why not.
-    """
-    record = sample["record"]
-    if record["task"] == "math":
-        asked = [f"The result is {record['answer']}."]
-    else:
-        asked = [c.get("text") or c.get("question") or c["id"] for c in record["constraints"] if c["active"]]
-    constraints = [{"text": text, "met": met} for text, met in zip(asked, sample["verdicts"], strict=True)]
-    kept = {name: value for name, value in sample.items() if name not in ("record", "prompt_ids", "logprobs")}
-    return {"prompt": record["messages"][-1]["content"], **kept, "constraints": constraints}
+
+def keep_best(run: m.Run, policy, tokenizer, best: float) -> float:
+    """RUN/best is the model with the best mean reward since the save before. All ranks call; returns the best mean."""
+    means = []
+    if m.is_main():
+        rows = m.read_jsonl(run.folder / "metrics.jsonl")
+        rows = rows[(len(rows) - 1) // run.cfg.save_every * run.cfg.save_every :]
+        means = [sum(row["reward/mean"] for row in rows) / len(rows)]
+    mean = m.gather_objects(means)[0]
+    if mean > best:
+        m.write_model(policy, tokenizer, run.folder / "best")
+    return max(best, mean)
+
+
+def report_rule(run: m.Run, cfg: Config) -> None:
+    """How often the superior-CoT rule fired; an error if it never could."""
+    if m.is_main():
+        rows = m.read_jsonl(run.folder / "metrics.jsonl")
+        seen, skipped = (sum(row[name] for row in rows) for name in ("rollout/direct", "rollout/skipped_prompts"))
+        print(f"superior-CoT rule: {seen} direct rollouts seen, {skipped} prompts skipped; model in "
+              f"{run.folder / 'model'}", file=sys.stderr)
+        if cfg.superior_cot and seen == 0:
+            raise InputError("the superior-CoT rule never saw a direct rollout: this was not a RAIF run; check that "
+                             "--records holds instruction records, or give --no-superior-cot")
+
+
+def status(metrics: dict, cfg: Config) -> str:
+    """One line of about eight numbers; the rest is in metrics.jsonl."""
+    shown = {name: metrics[name] or 0.0 for name in ("reward/mean", "reward/all_met", "reward/all_met_direct")}
+    line = (f"step {metrics['step']}/{cfg.steps} reward {shown['reward/mean']:+.2f}, all met "
+            f"{shown['reward/all_met']:.2f}, direct {shown['reward/all_met_direct']:.2f}, format "
+            f"{metrics['rollout/format_ok']:.2f}, {metrics['rollout/tokens']:.0f} tokens, kl {metrics['loss/kl']:.4f}, "
+            f"bc {metrics['loss/bc']:.2f}, {metrics['time/rollout'] + metrics['time/update']:.0f} s")
+    if "dev/all_met" in metrics:
+        line += f" | dev all met {metrics['dev/all_met']:.2f}, {metrics['dev/slips']:.2f} slips per 100 tokens"
+    return line
 
 
 def show(argv) -> None:
@@ -488,50 +607,52 @@ def show(argv) -> None:
     parser.add_argument("--id", default="")
     given = parser.parse_args(argv)
     path = Path(given.show) / "samples" / f"step-{given.step:06d}.jsonl"
-    samples = [sample for sample in m.read_jsonl(path) if given.id in ("", sample["id"])]
-    if not samples:
+    lines = [line for line in m.read_jsonl(path) if given.id in ("", line["id"])]
+    if not lines:
         raise InputError(f"{path}: {'no rollout of ' + given.id if path.exists() else 'is not there'}; "
                          f"{given.show}/samples holds a file for each finished step")
     last = ""
-    for sample in samples:
-        if sample["id"] != last:
-            print(f"{'=' * 100}\nstep {given.step}, {sample['id']}: {sample['prompt']}")
-        last = sample["id"]
-        print(f"{'-' * 100}\n{sample['mode']}: reward {sample['reward']:+.2f} = format {sample['format']:+.0f} and "
-              f"accuracy {sample['accuracy']:+.2f}", end="")
-        if sample["advantage"] is not None:
-            print(f", advantage {sample['advantage']:+.2f}", end="")
-        print("; trained on" if sample["kept"] else f"; not trained on: {sample['why']}")
-        for constraint in sample["constraints"]:
+    for line in lines:
+        if line["id"] != last:
+            print(f"{'=' * 100}\nstep {given.step}, {line['id']}: {line['prompt']}")
+        last = line["id"]
+        print(f"{'-' * 100}\n{line['mode']}: reward {line['reward']:+.2f} = format {line['format']:+.0f} and "
+              f"accuracy {line['accuracy']:+.2f}", end="")
+        if line["advantage"] is not None:
+            print(f", advantage {line['advantage']:+.2f}", end="")
+        print("; trained on" if line["kept"] else f"; not trained on: {line['why']}")
+        for constraint in line["constraints"]:
             print(f"  [{'x' if constraint['met'] else ' '}] {constraint['text']}")
-        print(sample["text"])
+        print(line["text"])
 
 
-def main(argv=None):
-    if "--show" in (sys.argv if argv is None else argv):
-        return show(argv)
-    cfg = m.parse_flags(Config, argv, presets=PRESETS)
+# ---------------------------------------------------------------- the run
+
+
+def learning_rate(number: int, cfg: Config) -> float:
+    """Of update `number`: linear warm-up, then a cosine to a tenth, which --lr-horizon may put beyond the run."""
+    return cfg.lr * m.warmup_cosine(number, cfg.lr_horizon or 2 * cfg.steps * cfg.updates, cfg.warmup, 0.1)
+
+
+def check_settings(cfg: Config) -> Config:
     if cfg.superior_cot and (cfg.direct == 0 or cfg.data == "math"):
         raise InputError(f"--direct {cfg.direct} --data {cfg.data}: the superior-CoT rule compares with direct rollouts"
                          " of instructions and could never fire; give --direct 2 and other --data, or "
                          "--no-superior-cot")
     if cfg.offload != "none" and not cfg.shard:
         raise InputError(f"--offload {cfg.offload}: works with --shard, under torchrun")
-    rank, world = m.init_distributed()
-    stop = m.stop_signals()
-    m.keep_freed_memory()
-    policy, tokenizer = m.load_model(cfg.model)
-    pools, dev_records = load_pools(cfg, tokenizer), load_dev(cfg)
-    dtype = m.compute_dtype(cfg.precision)
-    run = m.open_run(cfg.out, cfg, resume=cfg.resume)
+    return cfg
+
+
+def set_up(cfg: Config, policy, tokenizer, dtype):
+    """(engine, reference): after a plan of memory and time is printed; with --shard both models are split in place."""
     n_rows = cfg.prompts * (cfg.group + cfg.direct)
-    if rank == 0:
+    if m.is_main():
         print(m.training_plan(
             policy, dtype=dtype, shard=cfg.shard, offload=cfg.offload, checkpointing=cfg.activation_checkpointing,
             reference=cfg.kl_coef > 0, engine=cfg.engine, engine_share=cfg.engine_share, micro_tokens=cfg.micro_tokens,
             rollout_tokens=n_rows * cfg.max_new_tokens,
             trained_tokens=(n_rows + cfg.bc_batch * cfg.updates) * cfg.max_new_tokens), file=sys.stderr)
-    judge = m.make_judge(cfg.judge, precision=cfg.precision, cache=run / "judge_cache")
     engine = m.make_engine(cfg.engine, policy, tokenizer, dtype=dtype, own_copy=cfg.shard, source=cfg.model,
                            max_length=cfg.max_prompt_tokens + cfg.max_new_tokens, share=cfg.engine_share)
     if cfg.activation_checkpointing:
@@ -541,139 +662,79 @@ def main(argv=None):
     reference = m.load_model(cfg.model)[0].requires_grad_(False) if cfg.kl_coef else None
     if cfg.shard and reference is not None:
         m.shard_model(reference, dtype, offload=cfg.offload != "none")
+    return engine, reference
+
+
+def main(argv=None):
+    if "--show" in (sys.argv if argv is None else argv):
+        return show(argv)
+    cfg = check_settings(m.parse_flags(Config, argv, presets=PRESETS))
+    rank, world = m.init_distributed()
+    m.keep_freed_memory()
+    policy, tokenizer = m.load_model(cfg.model)
+    pools, dtype = load_pools(cfg, tokenizer), m.compute_dtype(cfg.precision)
+    run = m.Run(cfg, cfg.steps, "step")
+    judge = m.make_judge(cfg.judge, precision=cfg.precision, cache=run.folder / "judge_cache")
+    engine, reference = set_up(cfg, policy, tokenizer, dtype)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    # What a resumed run goes on from, beside weights and optimizer; all else follows from (seed, step).
-    done = {"step": 0, "direct_seen": 0, "skipped": 0, "rewards": [], "best": -math.inf}
-    if cfg.resume:
-        done = m.load_checkpoint(run, policy, optimizer)
-    began, first_step = time.time(), done["step"]
-    bar = tqdm(total=cfg.steps, initial=first_step, unit="step", disable=rank != 0)
-    while done["step"] < cfg.steps:
-        # Rollouts: G with reasoning and H direct ones a prompt, this rank's share of the prompts, scored.
-        step, clock = done["step"], [time.time()]
-        engine.wake()
-        engine.sync(policy)
-        metrics = {}
-        if dev_records and step == 0:
-            before = dev_metrics(engine, tokenizer, dev_records, cfg)
-            metrics = {f"{name}_before": value for name, value in before.items()}
-        samples = rollout(engine, tokenizer, prompts_of_step(pools, step, cfg)[rank::world], step, cfg)
-        engine.sleep()
-        clock.append(time.time())
-        score_samples(samples, judge, cfg)
-        assign_advantages(samples, cfg)
-        clock.append(time.time())
+    done = run.restore(policy, optimizer, {"step": 0, "best": -math.inf})
+    before = {} if done["step"] else dev_metrics(engine, policy, tokenizer, pools["dev"], cfg)
 
-        # The kept responses of all ranks are shuffled and cut into `updates` parts, the same on every rank.
-        rows = {(s["id"], i): Row(s["prompt_ids"] + s["token_ids"], len(s["prompt_ids"]), s["advantage"],
-                                  sampled_logp=s["logprobs"])
-                for i, s in enumerate(samples) if s["kept"]}
-        lengths = dict(m.gather_objects([(key, len(row.ids) - row.start) for key, row in rows.items()]))
-        keys = sorted(lengths)
-        random.Random(f"{cfg.seed}/shuffle/{step}").shuffle(keys)
-        parts = [keys[u * len(keys) // cfg.updates : (u + 1) * len(keys) // cfg.updates] for u in range(cfg.updates)]
-        if cfg.updates > 1:  # the first part is on-policy; the others need the sampling policy's log-probabilities
-            store_old_logprobs(policy, [rows[key] for part in parts[1:] for key in part if key in rows], cfg, dtype)
-
-        policy.train()
-        totals = Counter()
-        for update, part in enumerate(parts):
-            if not part and not cfg.bc_coef:
-                continue  # every prompt skipped: no gradient, on any rank
-            number = step * cfg.updates + update
-            factor = m.warmup_cosine(number, cfg.lr_horizon or 2 * cfg.steps * cfg.updates, cfg.warmup, 0.1)
-            for group in optimizer.param_groups:
-                group["lr"] = cfg.lr * factor
-            own = [rows[key] for key in part if key in rows]
-            # Counted over the whole update and all ranks; skipped prompts are in no part and so in no count.
-            normalizer = sum(lengths[key] for key in part) if cfg.loss == "dapo" else len(part)
-            stats = policy_backward(policy, reference, own, normalizer, cfg, dtype)
-            policy_norm, gradient = m.take_gradients(policy)
-            parts_of_gradient, bc_norm = [gradient], 0.0
-            if cfg.bc_coef:
-                m.keep_freed_memory(trim=True)
-                experts = draw(pools["expert"], "expert", number * cfg.bc_batch, cfg.bc_batch, cfg.seed)[rank::world]
-                cloned = [Row(*m.encode_expert(tokenizer, record, cfg.family)) for record in experts]
-                stats["bc_loss"] = cloning_backward(policy, cloned, cfg.bc_batch, cfg, dtype)
-                bc_norm, gradient = m.take_gradients(policy)
-                parts_of_gradient.append(gradient)
-                own = own + cloned
-            batch = [{"ids": row.ids, "start": row.start, "advantage": row.advantage} for row in own]
-            grad_norm = m.optimizer_step(policy, optimizer, parts_of_gradient, number, batch, run)
-            norms = {"grad_norm": grad_norm, "grad_norm_policy": policy_norm, "grad_norm_bc": bc_norm}
-            stats |= {name: norm / world for name, norm in norms.items()}  # each is of all ranks: their sum, once
-            stats["trained"] = sum(len(row.ids) for row in own)
-            totals.update({name: value / cfg.updates for name, value in stats.items()})
-        policy.eval()
-        clock.append(time.time())
-
-        # One line of metrics a step, and every rollout with its text, verdicts, rewards, advantage and fate.
-        done["step"] = step = step + 1
-        mismatch = engine_mismatch(list(rows.values()))
-        names = ("policy_loss", "kl", "clip_share", "bc_loss", "grad_norm", "grad_norm_policy", "grad_norm_bc",
-                 "tokens", "slots", "trained")
-        totals = {name: round(m.sum_over_ranks(totals[name]), 6) for name in names}
-        all_samples = m.gather_objects(samples)
-        metrics = {"step": step, **metrics, **rollout_metrics(all_samples), **totals, **mismatch,
-                   "padding": round(1 - totals["tokens"] / max(1, totals["slots"]), 4),
-                   "lr": optimizer.param_groups[0]["lr"]}
-        regular = step % cfg.save_every == 0 or step == cfg.steps
-        if dev_records and regular:
+    for step in range(done["step"], cfg.steps):
+        # 1. Roll out: G reasoning and H direct responses to each of this rank's prompts.
+        with run.clock("rollout"):
             engine.wake()
             engine.sync(policy)
-            metrics |= dev_metrics(engine, tokenizer, dev_records, cfg)
+            groups = rollout(engine, tokenizer, prompts_of_step(pools, step, cfg)[rank::world], step, cfg)
             engine.sleep()
-            clock.append(time.time())
-        done["direct_seen"] += metrics["direct_rollouts"]
-        done["skipped"] += len({s["id"] for s in all_samples if s["why"] == "worse than direct"})
-        done["rewards"].append(metrics["reward"])
-        if rank == 0:
-            sampled = sum(len(s["token_ids"]) for s in all_samples)
-            rollout_s, scoring_s, update_s, *_ = (
-                after - before for before, after in zip(clock, clock[1:], strict=False))
-            metrics.update(rollout_s=round(rollout_s, 2), scoring_s=round(scoring_s, 3), update_s=round(update_s, 2),
-                           rollout_tps=round(sampled / rollout_s, 1),
-                           update_tps=round(totals["trained"] * cfg.updates / update_s, 1))
-            m.append_jsonl(run / "metrics.jsonl", metrics)
-            m.write_jsonl(run / "samples" / f"step-{step:06d}.jsonl",
-                          [readable(sample) for sample in all_samples])
-            eta = (time.time() - began) / (step - first_step) * (cfg.steps - step)
-            bar.write(
-                f"step {step}/{cfg.steps} reward {metrics['reward']:+.2f} (format {metrics['reward_format']:+.2f}, "
-                f"accuracy {metrics['reward_accuracy']:+.2f}) all met {metrics['all_met'] or 0:.2f}, direct "
-                f"{metrics['direct_all_met'] or 0:.2f} | format {metrics['format_rate']:.2f} skip "
-                f"{metrics['skip_rate'] or 0:.2f} flat {metrics['flat_groups']:.2f} length "
-                f"{metrics['response_tokens']:.0f} | kl {totals['kl']:.4f} clip {totals['clip_share']:.3f} bc "
-                f"{totals['bc_loss']:.3f} | rollout {rollout_s:.0f} s {metrics['rollout_tps']:.0f} tok/s, "
-                f"scoring {scoring_s:.1f} s, update {update_s:.0f} s {metrics['update_tps']:.0f} tok/s | "
-                f"ETA {eta / 60:.0f} min")
-            if "dev_all_met" in metrics:
-                bar.write(f"development prompts, greedy: all met {metrics['dev_all_met']:.2f}, format "
-                          f"{metrics['dev_format_rate']:.2f}, {metrics['dev_slips']:.2f} slips per 100 answer tokens")
-            recent = [row["flat_groups"] for row in m.read_jsonl(run / "metrics.jsonl")[-10:]]
-            if step % 10 == 0 and min(recent) == 1:
-                bar.write("warning: in the last ten steps no reward differed within a group: nothing is learned; look "
-                          f"at {run / 'samples'}: is every answer right, or every one wrong?")
-        bar.update()
-        m.keep_freed_memory(trim=True)
-        stopping = stop()
+
+        # 2. Score; superior-CoT rule (Eq. 7); group-normalised advantages.
+        with run.clock("scoring"):
+            score_groups(groups, judge, cfg)
+            assign_advantages(groups, cfg)
+
+        # 3. Update: the kept responses of all ranks, shuffled alike everywhere, in cfg.updates parts.
+        with run.clock("update"):
+            policy.train()
+            updates, totals = split_into_updates(groups, step, cfg), Counter()
+            if cfg.updates > 1:  # the first is on-policy; the others need the sampling policy's log-probabilities
+                store_old_logprobs(policy, [s for sequences, _ in updates[1:] for s in sequences], cfg, dtype)
+            for update, (sequences, normalizer) in enumerate(updates):
+                number = step * cfg.updates + update
+                if not normalizer and not cfg.bc_coef:
+                    continue  # every prompt is skipped: no gradient, on any rank
+                m.set_lr(optimizer, learning_rate(number, cfg))
+                stats = policy_backward(policy, reference, sequences, normalizer, cfg, dtype)
+                gradients, experts = {"policy": m.take_gradients(policy)}, []  # of the clipped surrogate and the k3 KL
+                if cfg.bc_coef:
+                    m.keep_freed_memory(trim=True)
+                    experts = experts_of_update(pools, number, cfg)[rank::world]
+                    stats["bc_loss"] = cloning_backward(policy, experts, cfg.bc_batch, cfg, dtype)
+                    gradients["bc"] = m.take_gradients(policy)  # of behaviour cloning (Eq. 8)
+                stats["trained"] = sum(len(sequence.ids) for sequence in sequences + experts)
+                stats |= m.optimizer_step(policy, optimizer, gradients, number, sequences + experts, run.folder)
+                totals.update(stats)
+            policy.eval()
+
+        # 4. Books: one line of metrics, every rollout with its verdicts and fate, the best model, a checkpoint.
+        lines = m.gather_objects([line for group in groups for line in sample_lines(group)])
+        metrics = {"step": step + 1, **rollout_metrics(lines), **loss_metrics(totals, cfg), **engine_mismatch(groups),
+                   "loss/lr": optimizer.param_groups[0]["lr"]}
+        metrics |= {f"{name}_before": value for name, value in before.items() if step == 0}
+        regular = (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
         if regular:
-            mean_reward = sum(done["rewards"]) / len(done["rewards"])
-            if mean_reward > done["best"]:
-                m.write_model(policy, tokenizer, run / "best")
-            done.update(best=max(done["best"], mean_reward), rewards=[])
-        if regular or stopping:
-            m.save_checkpoint(run, policy, optimizer, done, keep=cfg.keep)
-        if stopping and step < cfg.steps:
-            raise KeyboardInterrupt
-    bar.close()
-    m.write_model(policy, tokenizer, run / "model")
-    if rank == 0:
-        print(f"superior-CoT rule: {done['direct_seen']} direct rollouts seen, {done['skipped']} prompts skipped; "
-              f"model in {run / 'model'}", file=sys.stderr)
-        if cfg.superior_cot and done["direct_seen"] == 0:
-            raise InputError("the superior-CoT rule never saw a direct rollout: this was not a RAIF run; check that "
-                             "--records holds instruction records, or give --no-superior-cot")
+            with run.clock("dev"):
+                metrics |= dev_metrics(engine, policy, tokenizer, pools["dev"], cfg)
+        metrics = run.log(metrics, lines)
+        run.say(status(metrics, cfg))
+        warn_if_flat(run)
+        done["step"] = step + 1
+        if regular:
+            done["best"] = keep_best(run, policy, tokenizer, done["best"])
+        run.save_or_stop(policy, optimizer, done, regular)
+    m.write_model(policy, tokenizer, run.folder / "model")
+    run.bar.close()
+    report_rule(run, cfg)
 
 
 if __name__ == "__main__":

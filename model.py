@@ -30,6 +30,7 @@ import time
 import types
 import typing
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +153,11 @@ def init_distributed() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def is_main() -> bool:
+    """Is this rank 0, the one that writes files and messages?"""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -222,14 +228,16 @@ def whole_norm(norm) -> float:
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
-def optimizer_step(model, optimizer, parts: list[list], number: int, rows: list[dict], run: Path) -> float:
-    """Update `number`: add up the parts of the gradient, clip its norm at 1, step. Returns the norm before clipping.
+def optimizer_step(model, optimizer, parts: dict, number: int, sequences: list, run: Path) -> dict[str, float]:
+    """Update `number`: add up the parts of the gradient (name -> take_gradients), clip their norm at 1, step.
 
-    A gradient that is not finite skips the update and leaves `rows` (what it came from) in RUN/nonfinite; the third in
-    a row ends the run.
+    Returns the norm before clipping, "grad_norm", and that of each part, "grad_norm_NAME". A gradient that is not
+    finite skips the update and leaves its sequences in RUN/nonfinite; the third in a row ends the run.
     """
-    for parameter, *gradients in zip(model.parameters(), *parts, strict=True):
+    norms = {f"grad_norm_{name}": norm for name, (norm, _) in parts.items()}
+    for parameter, *gradients in zip(model.parameters(), *(tensors for _, tensors in parts.values()), strict=True):
         parameter.grad = functools.reduce(torch.Tensor.add_, gradients)
+    parts.clear()  # or they would be kept in memory until the next update
     norm = whole_norm(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     rank = dist.get_rank() if dist.is_initialized() else 0
     dumps = [run / "nonfinite" / f"update-{number - k:06d}-rank-{rank}.jsonl" for k in range(3)]
@@ -237,13 +245,18 @@ def optimizer_step(model, optimizer, parts: list[list], number: int, rows: list[
         optimizer.step()
         dumps[0].unlink(missing_ok=True)  # of a run that was resumed with other settings
     else:
-        write_jsonl(dumps[0], rows)
+        write_jsonl(dumps[0], [{"ids": s.ids, "start": s.start, "advantage": s.advantage} for s in sequences])
         print(f"update {number}: gradient norm {norm}; skipped, its batch is in {dumps[0]}", file=sys.stderr)
         if all(dump.exists() for dump in dumps):
             raise InputError("3 updates in a row had no finite gradient; lower --lr or give --precision fp32, and "
                              "continue from the last checkpoint with --resume")
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return {"grad_norm": norm, **norms}
+
+
+def set_lr(optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def shard_model(model, dtype: torch.dtype, *, offload: bool = False):
@@ -608,9 +621,17 @@ def row_logprobs(model, packs, dtype=torch.float32, temperature: float = 1.0):
     return logp_BR, torch.arange(logp_BR.shape[1], device=logp_BR.device) < lengths_B[:, None]
 
 
-class Sequence(typing.NamedTuple):
+@dataclass
+class Sequence:
+    """A sequence to train on."""
+
     ids: list[int]  # prompt and response
     start: int  # index of the first response token
+    advantage: float = 0.0  # of GRPO
+    old_logp: torch.Tensor | None = None  # (R,) under the policy that sampled it, by the trainer's own arithmetic
+
+    def __iter__(self):  # packs of sequences are packs of (token ids, response start)
+        return iter((self.ids, self.start))
 
 
 def encode_expert(tokenizer, record: dict, family: str = "cold") -> Sequence:
@@ -1386,6 +1407,57 @@ def markdown_table(header, lines) -> str:
         return "| " + " | ".join(safe) + " |"
 
     return "\n".join([row(header), "|" + " --- |" * len(header), *map(row, lines)]) + "\n"
+
+
+class Run:
+    """The books of a training run: folder, settings, metrics, samples, clock, checkpoints, stop signals.
+
+    It keeps books and nothing else: the loop calls it, it never calls the loop.
+    """
+
+    def __init__(self, cfg, total: int, unit: str):
+        self.cfg, self.seconds = cfg, Counter()
+        self.folder = open_run(cfg.out, cfg, resume=cfg.resume)
+        self.stopping = stop_signals()
+        self.bar = tqdm(total=total, unit=unit, disable=not is_main())
+
+    def restore(self, model, optimizer, start: dict) -> dict:
+        """What to go on from beside weights and optimizer: with --resume that of the last checkpoint, else `start`."""
+        done = load_checkpoint(self.folder, model, optimizer) if self.cfg.resume else start
+        self.bar.initial = self.bar.n = done["step"]
+        return done
+
+    @contextlib.contextmanager
+    def clock(self, name: str):
+        """Add the seconds inside to time/NAME of the next metrics line."""
+        began = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - began
+
+    def log(self, metrics: dict, lines=()) -> dict:
+        """Append a line to metrics.jsonl and write samples/step-N.jsonl; returns the line, times included."""
+        row = {name: round(value, 6) if isinstance(value, float) else value for name, value in metrics.items()}
+        row |= {f"time/{name}": round(seconds, 3) for name, seconds in self.seconds.items()}
+        self.seconds.clear()
+        if is_main():
+            append_jsonl(self.folder / "metrics.jsonl", row)
+            if lines:
+                write_jsonl(self.folder / "samples" / f"step-{row['step']:06d}.jsonl", lines)
+        self.bar.update()
+        return row
+
+    def say(self, text: str) -> None:
+        if is_main():
+            self.bar.write(text)
+
+    def save_or_stop(self, model, optimizer, done: dict, regular: bool) -> None:
+        """A checkpoint if it is time for one, or if a signal came: then the run ends here. All ranks call."""
+        keep_freed_memory(trim=True)
+        stopping = self.stopping()
+        if regular or stopping:
+            save_checkpoint(self.folder, model, optimizer, done, keep=self.cfg.keep)
+        if stopping and done["step"] < self.bar.total:
+            raise KeyboardInterrupt
 
 
 def pyplot():

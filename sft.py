@@ -8,14 +8,13 @@ Cross-entropy on the expert's tokens and the end-of-turn token, never on the pro
 prompt as well). The epoch with the lowest validation loss is kept in RUN/model.
 """
 
+import math
 import random
 import sys
-import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 import model as m
 from rewards import InputError, read_records
@@ -63,7 +62,7 @@ def load_examples(cfg: Config, tokenizer):
                          "--records a file with expert answers")
     records = records[: cfg.max_examples or None]
     examples = [m.encode_expert(tokenizer, record, cfg.family) for record in records]
-    kept = [example for example in examples if len(example[0]) <= cfg.max_length]
+    kept = [example for example in examples if len(example.ids) <= cfg.max_length]
     if len(kept) < len(examples):
         print(f"{len(examples) - len(kept)} of {len(examples)} examples exceed {cfg.max_length} tokens: left out",
               file=sys.stderr)
@@ -93,16 +92,27 @@ def validate(policy, rows, cfg: Config, dtype, rank: int, world: int) -> float:
     return m.sum_over_ranks(total) / sum(len(ids) - start for ids, start in rows)
 
 
+def cross_entropy_backward(policy, batch: list[m.Sequence], tokens: int, cfg: Config, dtype) -> float:
+    """Accumulate the gradient of the mean loss over `tokens` response tokens; returns this rank's share of it."""
+    total = 0.0
+    for packs, weight in m.equal_counts(m.micro_batches(batch, cfg.micro_tokens), FILLER):
+        loss = weight * loss_sum(policy, packs, dtype) / tokens
+        loss.backward()
+        total += loss.item()
+    return total
+
+
 def main(argv=None):
     cfg = m.parse_flags(Config, argv, presets=PRESETS)
     rank, world = m.init_distributed()
-    stop = m.stop_signals()
     m.keep_freed_memory()
     policy, tokenizer = m.load_model(cfg.model)
     train, val = load_examples(cfg, tokenizer)
     dtype = m.compute_dtype(cfg.precision)
-    run = m.open_run(cfg.out, cfg, resume=cfg.resume)
-    if rank == 0:
+    updates_per_epoch = -(-len(train) // cfg.batch_size)
+    total_updates = cfg.epochs * updates_per_epoch
+    run = m.Run(cfg, total_updates, "update")
+    if m.is_main():
         print(m.training_plan(policy, dtype=dtype, shard=cfg.shard, offload=cfg.offload,
                               checkpointing=cfg.activation_checkpointing, micro_tokens=cfg.micro_tokens),
               file=sys.stderr)
@@ -111,61 +121,44 @@ def main(argv=None):
     if cfg.shard:
         m.shard_model(policy, dtype, offload=cfg.offload == "all")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-
-    updates_per_epoch = -(-len(train) // cfg.batch_size)
-    total_updates = cfg.epochs * updates_per_epoch
-    step, best = 0, float("inf")
-    if cfg.resume:
-        done = m.load_checkpoint(run, policy, optimizer)
-        step, best = done["step"], done["best"]
+    done = run.restore(policy, optimizer, {"step": 0, "best": math.inf})
 
     policy.train()
-    began = time.time()
-    bar = tqdm(total=total_updates, initial=step, unit="update", disable=rank != 0)
-    while step < total_updates:
+    for step in range(done["step"], total_updates):
+        # 1. The batch of this update, over all ranks, and this rank's share of it.
         epoch, position = divmod(step, updates_per_epoch)
         order = random.Random(f"{cfg.seed}/{epoch}").sample(range(len(train)), len(train))
         batch = [train[i] for i in order[position * cfg.batch_size : (position + 1) * cfg.batch_size]]
-        tokens = sum(len(ids) - start for ids, start in batch)  # over all ranks: the normalizer of this update
-
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * m.warmup_cosine(step, total_updates, cfg.warmup, cfg.lr_floor)
+        tokens = sum(len(ids) - start for ids, start in batch)  # the normalizer of this update
         own = batch[rank::world]
-        loss = 0.0
-        for packs, weight in m.equal_counts(m.micro_batches(own, cfg.micro_tokens), FILLER):
-            micro_loss = weight * loss_sum(policy, packs, dtype) / tokens
-            micro_loss.backward()
-            loss += micro_loss.item()
-        _, gradient = m.take_gradients(policy)
-        grad_norm = m.optimizer_step(policy, optimizer, [gradient], step,
-                                     [{"ids": ids, "start": start} for ids, start in own], run)
-        step += 1
 
-        row = {"step": step, "epoch": epoch + 1, "loss": m.sum_over_ranks(loss), "grad_norm": grad_norm,
-               "lr": optimizer.param_groups[0]["lr"], "tokens": tokens, "seconds": round(time.time() - began, 2)}
-        if position + 1 == updates_per_epoch:
-            row["val_loss"] = validate(policy, val, cfg, dtype, rank, world)
-            row["kept"] = row["val_loss"] < best
-            if row["kept"]:
-                m.write_model(policy, tokenizer, run / "model")
-            best = min(best, row["val_loss"])
-            if rank == 0:
-                bar.write(f"epoch {epoch + 1}: train loss {row['loss']:.3f}, validation loss {row['val_loss']:.4f}"
-                          + (" (best so far: kept)" if row["kept"] else ""))
-        if rank == 0:
-            m.append_jsonl(run / "metrics.jsonl", row)
-        bar.set_postfix_str(f"loss {row['loss']:.3f}")
-        bar.update()
-        if step % 5 == 0:
-            m.keep_freed_memory(trim=True)
-        stopping = stop()
-        if step % cfg.save_every == 0 or position + 1 == updates_per_epoch or stopping:
-            m.save_checkpoint(run, policy, optimizer, {"step": step, "best": best}, keep=cfg.keep)
-        if stopping and step < total_updates:
-            raise KeyboardInterrupt
-    bar.close()
-    if rank == 0:
-        print(f"best validation loss {best:.4f}; model in {run / 'model'}", file=sys.stderr)
+        # 2. Update: cross-entropy on the expert's tokens.
+        with run.clock("update"):
+            m.set_lr(optimizer, cfg.lr * m.warmup_cosine(step, total_updates, cfg.warmup, cfg.lr_floor))
+            loss = cross_entropy_backward(policy, own, tokens, cfg, dtype)
+            gradients = {"cloning": m.take_gradients(policy)}
+            norms = m.optimizer_step(policy, optimizer, gradients, step, own, run.folder)
+
+        # 3. Books: a line of metrics; after an epoch the validation loss, which chooses the model that is kept.
+        metrics = {"step": step + 1, "epoch": epoch + 1, "loss/train": m.sum_over_ranks(loss), "loss/tokens": tokens,
+                   "loss/grad_norm": norms["grad_norm"], "loss/lr": optimizer.param_groups[0]["lr"]}
+        epoch_ends = position + 1 == updates_per_epoch
+        if epoch_ends:
+            with run.clock("validation"):
+                metrics["loss/val"] = validate(policy, val, cfg, dtype, rank, world)
+            metrics["kept"] = metrics["loss/val"] < done["best"]
+            if metrics["kept"]:
+                m.write_model(policy, tokenizer, run.folder / "model")
+            done["best"] = min(done["best"], metrics["loss/val"])
+            run.say(f"epoch {epoch + 1}: train loss {metrics['loss/train']:.3f}, validation loss "
+                    f"{metrics['loss/val']:.4f}" + (" (best so far: kept)" if metrics["kept"] else ""))
+        run.log(metrics)
+        run.bar.set_postfix_str(f"loss {metrics['loss/train']:.3f}")
+        done["step"] = step + 1
+        run.save_or_stop(policy, optimizer, done, epoch_ends or (step + 1) % cfg.save_every == 0)
+    run.bar.close()
+    if m.is_main():
+        print(f"best validation loss {done['best']:.4f}; model in {run.folder / 'model'}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def model_folder(path):
 def test_six_rows_report_and_added_row(fakes, tmp_path):
     model_folder(tmp_path / "runs/sft/model")
     model_folder(tmp_path / "runs/good/model")
-    write(tmp_path / "runs/sft/metrics.jsonl", [{"step": k, "loss": 3 / (k + 1)} for k in range(5)])
+    write(tmp_path / "runs/sft/metrics.jsonl", [{"step": k, "loss/train": 3 / (k + 1)} for k in range(5)])
     main([*FLAGS, "--ours-model", "runs/good/model"])
     report = json.loads((tmp_path / "runs/evaluate/report.json").read_text())
     assert list(report["rows"]) == ["I/O", "CoT", "CoT closed", "SFT", "Ours direct", "Ours"]

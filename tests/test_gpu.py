@@ -34,9 +34,10 @@ def test_rollouts_carry_the_trainers_logprobs(tiny):
     groups = engine.generate([[5, 6, 7], [8, 9]], n=4, max_tokens=12, seeds=[1, 2])
     again = engine.generate([[5, 6, 7], [8, 9]], n=4, max_tokens=12, seeds=[1, 2])
     assert [[c.token_ids for c in group] for group in groups] == [[c.token_ids for c in group] for group in again]
-    rows = [grpo.Row([5, 6, 7] + c.token_ids, 3, sampled_logp=c.logprobs) for c in groups[0]]
-    grpo.store_old_logprobs(policy, rows, grpo.Config(), torch.bfloat16)
-    assert grpo.engine_mismatch(rows)["engine_gap"] < 0.05
+    made = [grpo.Rollout("cot", m.Sequence([5, 6, 7] + c.token_ids, 3), c.text, c.finish_reason, c.logprobs)
+            for c in groups[0]]
+    grpo.store_old_logprobs(policy, [rollout.sequence for rollout in made], grpo.Config(), torch.bfloat16)
+    assert grpo.engine_mismatch([grpo.Group({}, made)])["rollout/engine_gap"] < 0.05
 
 
 @pytest.mark.parametrize("flags", [[], ["--shard", "--activation-checkpointing"], ["--shard", "--offload", "all"]])
@@ -55,4 +56,4 @@ def test_grpo_runs_on_vllm(tiny, tmp_path):
     run_stage("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "grpo.py", "--engine", "vllm",
               "--engine-share", 0.2, "--model", tiny, "--records", data, "--steps", 3, "--max-new-tokens", 16,
               "--max-prompt-tokens", 512, "--out", tmp_path / "run")
-    assert all(row["engine_gap"] < 0.1 for row in m.read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+    assert all(row["rollout/engine_gap"] < 0.1 for row in m.read_jsonl(tmp_path / "run" / "metrics.jsonl"))

@@ -170,10 +170,16 @@ class ScriptedEngine:
 def scored(tiny, reasoning, direct, record=RECORD, **settings):
     cfg = grpo.Config(group=len(reasoning), direct=len(direct), **settings)
     tokenizer = m.load_model(str(tiny))[1]
-    samples = grpo.rollout(ScriptedEngine(reasoning, direct), tokenizer, [record], 0, cfg)
-    grpo.score_samples(samples, None, cfg)
-    grpo.assign_advantages(samples, cfg)
-    return [s for s in samples if s["mode"] == "cot"], [s for s in samples if s["mode"] == "direct"]
+    groups = grpo.rollout(ScriptedEngine(reasoning, direct), tokenizer, [record], 0, cfg)
+    lines = judged(groups, cfg)
+    return [s for s in lines if s["mode"] == "cot"], [s for s in lines if s["mode"] == "direct"]
+
+
+def judged(groups, cfg):
+    """The sample lines of scored groups: what the trainer writes down of each rollout."""
+    grpo.score_groups(groups, None, cfg)
+    grpo.assign_advantages(groups, cfg)
+    return [line for group in groups for line in grpo.sample_lines(group)]
 
 
 def test_rewards_through_the_real_path(tiny):
@@ -191,7 +197,7 @@ def test_the_rule_fires_and_can_be_switched_off(tiny):
     worse, better = [HALF, NO_FORMAT], ["<answer>\ngreen tea\n</answer>", "plain text"]
     reasoning, _ = scored(tiny, worse, better)
     assert not any(s["kept"] for s in reasoning)
-    assert grpo.rollout_metrics(sum(scored(tiny, worse, better), []))["skip_rate"] == 1.0
+    assert grpo.rollout_metrics(sum(scored(tiny, worse, better), []))["rollout/skip_rate"] == 1.0
     reasoning, _ = scored(tiny, worse, better, superior_cot=False)
     assert all(s["kept"] for s in reasoning)
     reasoning, _ = scored(tiny, [HALF, PERFECT], better)
@@ -213,7 +219,7 @@ def test_groups_of_equal_rewards_are_left_out_only_if_asked(tiny):
     for drop, why in ((False, ""), (True, "zero variance")):
         reasoning, direct = scored(tiny, [HALF, HALF], ["Green, Tea"], drop_zero_variance=drop)
         assert {s["why"] for s in reasoning} == {why} and all(s["kept"] is not drop for s in reasoning)
-        assert grpo.rollout_metrics(reasoning + direct)["skip_rate"] == 0  # that is the rule's alone
+        assert grpo.rollout_metrics(reasoning + direct)["rollout/skip_rate"] == 0  # that is the rule's alone
     reasoning, _ = scored(tiny, [HALF, PERFECT], ["Green, Tea"], drop_zero_variance=True)
     assert all(s["kept"] for s in reasoning)
 
@@ -228,19 +234,18 @@ def test_a_rollout_that_hits_the_limit_is_flagged_and_each_step_has_seeds_of_its
             return [[m.Completion(c.token_ids, c.text, "length", c.logprobs) for c in group] for group in groups]
 
     cfg, tokenizer = grpo.Config(group=2, direct=1), m.load_model(str(tiny))[1]
-    samples = grpo.rollout(Cut([PERFECT, HALF], ["tea"]), tokenizer, [RECORD], 0, cfg)
+    groups = grpo.rollout(Cut([PERFECT, HALF], ["tea"]), tokenizer, [RECORD], 0, cfg)
     grpo.rollout(Cut([PERFECT, HALF], ["tea"]), tokenizer, [RECORD], 1, cfg)
     assert not set(Cut.seen[0]) & set(Cut.seen[1])
-    grpo.score_samples(samples, None, cfg)
-    grpo.assign_advantages(samples, cfg)
+    samples = judged(groups, cfg)
     assert all("truncated" in s["guards"] for s in samples)
-    assert grpo.rollout_metrics(samples)["truncated"] == 1.0
+    assert grpo.rollout_metrics(samples)["rollout/truncated"] == 1.0
 
 
 def test_cloning_is_the_mean_of_row_means_times_lambda(tiny):
     """Eq. 8 by hand: two experts of different lengths, the model's own logits."""
     policy, _ = m.load_model(str(tiny))
-    rows = [grpo.Row([5, 9, 3, 7, 11], 2), grpo.Row([4, 6, 10, 12], 3)]
+    rows = [m.Sequence([5, 9, 3, 7, 11], 2), m.Sequence([4, 6, 10, 12], 3)]
     means = []
     for row in rows:
         logp_TV = policy(torch.tensor([row.ids])).logits[0].log_softmax(-1)
@@ -267,7 +272,7 @@ def test_variants_of_reward_and_advantage(tiny):
         assert [s["reward"] for s in reasoning] == rewards
         assert [s["advantage"] for s in reasoning] == pytest.approx(advantages)
         metrics = grpo.rollout_metrics(reasoning + direct)
-        assert metrics["all_met"] == pytest.approx(1 / 3, abs=1e-3) and metrics["direct_all_met"] == 0
+        assert metrics["reward/all_met"] == pytest.approx(1 / 3) and metrics["reward/all_met_direct"] == 0
 
 
 def test_code_only_leaves_out_judged_constraints():
@@ -284,9 +289,7 @@ def test_math_takes_all_rollouts_with_reasoning_and_is_never_skipped(tiny):
     cfg = grpo.Config(group=2, direct=1)
     tokenizer = m.load_model(str(tiny))[1]
     engine = ScriptedEngine(["x\n</think>\n<answer>\n\\boxed{1}\n</answer>", "\\boxed{7}", "no box"], [])
-    samples = grpo.rollout(engine, tokenizer, [record], 0, cfg)
-    grpo.score_samples(samples, None, cfg)
-    grpo.assign_advantages(samples, cfg)
+    samples = judged(grpo.rollout(engine, tokenizer, [record], 0, cfg), cfg)
     assert [s["reward"] for s in samples] == [3.0, -2.5, -3.0]
     assert all(s["mode"] == "cot" and s["kept"] for s in samples)
 
@@ -383,7 +386,7 @@ def gradient(dtype, micro_tokens, sharded=False):
     for i in range(12):
         prompt = [i // 4, 7, 9, i // 4][: 2 + i // 4]
         response = [rng.randrange(64) for _ in range(rng.randrange(3, 25))]
-        rows.append(grpo.Row(prompt + response, len(prompt), rng.uniform(-2, 2)))
+        rows.append(m.Sequence(prompt + response, len(prompt), rng.uniform(-2, 2)))
     cfg = grpo.Config(kl_coef=0.1, micro_tokens=micro_tokens)
     grpo.store_old_logprobs(reference, rows[::2], cfg, dtype)
     # rows with and without stored log-probabilities come from different updates
@@ -440,9 +443,10 @@ def test_two_processes_take_the_same_steps_as_one(tiny, toy_data, tmp_path):
     run_stage("grpo.py", *flags, "--out", tmp_path / "two", processes=2)
     one, two = (m.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
-        for key in ("reward", "response_tokens", "direct_rollouts"):
+        for key in ("reward/mean", "rollout/tokens", "rollout/direct"):
             assert a[key] == b[key]
-        for key in ("policy_loss", "kl", "bc_loss", "grad_norm", "grad_norm_policy", "grad_norm_bc"):
+        for name in ("policy", "kl", "bc", "grad_norm", "grad_norm_policy", "grad_norm_bc"):
+            key = f"loss/{name}"
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=2e-5)
     names = [[json.loads(line)["id"] for line in open(tmp_path / n / "samples" / "step-000001.jsonl")]
              for n in ("one", "two")]
@@ -455,9 +459,9 @@ def test_a_second_update_is_off_policy_at_the_sampling_temperature(tiny, toy_dat
     run_stage("grpo.py", *flags, "--out", tmp_path / "run")
     [row] = m.read_jsonl(tmp_path / "run" / "metrics.jsonl")
     # The policy has moved after the first update: ratios to the stored log-probabilities leave the clip range.
-    assert row["clip_share"] > 0
-    assert row["engine_gap_max"] < 1e-3  # the trainer's log-probabilities are those of the sampling temperature
-    assert row["lr"] == pytest.approx(0.05 * m.warmup_cosine(1, 4, 0.0, 0.1))  # of update 1, the second
+    assert row["loss/clip_share"] > 0
+    assert row["rollout/engine_gap_max"] < 1e-3  # the trainer's log-probabilities are those of the sampling temperature
+    assert row["loss/lr"] == pytest.approx(0.05 * m.warmup_cosine(1, 4, 0.0, 0.1))  # of update 1, the second
 
 
 def test_a_sharded_run_takes_the_same_steps_and_resumes_on_another_number_of_ranks(tiny, toy_data, tmp_path):
@@ -466,8 +470,8 @@ def test_a_sharded_run_takes_the_same_steps_and_resumes_on_another_number_of_ran
     run_stage("grpo.py", *flags, "--shard", "--activation-checkpointing", "--out", tmp_path / "two", processes=2)
     one, two = (m.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
-        assert a["response_tokens"] == b["response_tokens"]
-        for key in ("policy_loss", "kl", "bc_loss", "grad_norm"):
+        assert a["rollout/tokens"] == b["rollout/tokens"]
+        for key in ("loss/policy", "loss/kl", "loss/bc", "loss/grad_norm"):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=2e-5)
     m.load_model(str(tmp_path / "two" / "model"))
     # go on from two sharded ranks with one that is not sharded: steps 4 and 5 are those of the uninterrupted run
@@ -484,8 +488,8 @@ def test_sft_sharded_equals_one_process(tiny, toy_data, tmp_path):
     run_stage("sft.py", *flags, "--shard", "--out", tmp_path / "two", processes=2)
     one, two = (m.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        assert a["loss/train"] == pytest.approx(b["loss/train"], rel=1e-4)
+        assert a["loss/grad_norm"] == pytest.approx(b["loss/grad_norm"], rel=1e-3)
     assert one[-1]["val_loss"] == pytest.approx(two[-1]["val_loss"], rel=1e-4)
 
 
@@ -596,10 +600,9 @@ def toy_task(nouns, count, seed, broken=0.0):
 
 def all_met(folder, records):
     model, tokenizer = m.load_model(str(folder))
-    cfg = grpo.Config(group=2, direct=0, max_new_tokens=64)
-    samples = grpo.rollout(m.make_engine("hf", model, tokenizer), tokenizer, records, 0, cfg)
-    grpo.score_samples(samples, None, cfg)
-    return sum(s["accuracy"] == 2 for s in samples) / len(samples)
+    cfg = grpo.Config(group=2, direct=0, max_new_tokens=64, superior_cot=False)
+    lines = judged(grpo.rollout(m.make_engine("hf", model, tokenizer), tokenizer, records, 0, cfg), cfg)
+    return sum(line["accuracy"] == 2 for line in lines) / len(lines)
 
 
 def test_reinforcement_learning_raises_the_reward(tmp_path):
@@ -619,4 +622,4 @@ def test_reinforcement_learning_raises_the_reward(tmp_path):
     heldout = toy_task(NOUNS, 96, seed=1)
     before, after = all_met(tmp_path / "sft/model", heldout), all_met(tmp_path / "rl/model", heldout)
     assert after > before + 0.1, (before, after)
-    assert math.isfinite(m.read_jsonl(tmp_path / "rl" / "metrics.jsonl")[-1]["kl"])
+    assert math.isfinite(m.read_jsonl(tmp_path / "rl" / "metrics.jsonl")[-1]["loss/kl"])

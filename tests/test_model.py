@@ -343,9 +343,11 @@ def test_a_gradient_that_is_not_finite_is_dumped_and_the_third_in_a_row_ends_the
 
     def update(number, value):
         model.weight.grad = torch.full_like(model.weight, value)
-        norm, gradient = m.take_gradients(model)  # of the weights; the bias has none, which counts as zeros
-        assert norm == pytest.approx(abs(value) * 2**0.5, nan_ok=True) and model.weight.grad is None
-        return m.optimizer_step(model, optimizer, [gradient], number, [{"id": f"record-{number}"}], tmp_path)
+        part = m.take_gradients(model)  # of the weights; the bias has none, which counts as zeros
+        assert part[0] == pytest.approx(abs(value) * 2**0.5, nan_ok=True) and model.weight.grad is None
+        norms = m.optimizer_step(model, optimizer, {"all": part}, number, [m.Sequence([number, 7], 1)], tmp_path)
+        assert norms["grad_norm"] == pytest.approx(norms["grad_norm_all"], nan_ok=True)
+        return norms["grad_norm"]
 
     assert not math.isfinite(update(0, float("nan"))) and model.weight.grad is None
     assert torch.equal(model.weight, before)
@@ -356,7 +358,7 @@ def test_a_gradient_that_is_not_finite_is_dumped_and_the_third_in_a_row_ends_the
         update(4, float("nan"))
     dumps = sorted(f.name for f in (tmp_path / "nonfinite").iterdir())
     assert dumps == [f"update-{n:06d}-rank-0.jsonl" for n in (0, 2, 3, 4)]
-    assert m.read_jsonl(tmp_path / "nonfinite" / dumps[1]) == [{"id": "record-2"}]
+    assert m.read_jsonl(tmp_path / "nonfinite" / dumps[1]) == [{"ids": [2, 7], "start": 1, "advantage": 0.0}]
 
 
 def test_a_full_disk_is_one_line(capsys):
@@ -440,14 +442,12 @@ def test_bad_input_is_one_line_and_exit_code_2(stage, tiny, tmp_path):
 def test_the_parts_of_a_gradient_add_up_before_the_norm_is_clipped(tmp_path):
     model = torch.nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    before, parts, norms = model.weight.detach().clone(), [], []
-    for gradient in ([3.0, 0.0], [0.0, 4.0]):
+    before, parts = model.weight.detach().clone(), {}
+    for name, gradient in (("a", [3.0, 0.0]), ("b", [0.0, 4.0])):
         model.weight.grad = torch.tensor([gradient])
-        norm, part = m.take_gradients(model)
-        norms.append(norm)
-        parts.append(part)
-    assert norms == [3.0, 4.0]
-    assert m.optimizer_step(model, optimizer, parts, 0, [], tmp_path) == pytest.approx(5.0)
+        parts[name] = m.take_gradients(model)
+    norms = m.optimizer_step(model, optimizer, parts, 0, [], tmp_path)
+    assert norms == {"grad_norm": 5.0, "grad_norm_a": 3.0, "grad_norm_b": 4.0} and not parts
     torch.testing.assert_close(before - model.weight, torch.tensor([[0.6, 0.8]]))  # clipped to 1
 
 

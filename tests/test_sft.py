@@ -47,7 +47,7 @@ def batch_of(cfg, train, step):
 def test_validation_rows_are_not_trained_on(trained):
     _, train, val, metrics, _ = trained
     assert (len(train), len(val)) == (10, 2) and not {tuple(e.ids) for e in train} & {tuple(e.ids) for e in val}
-    epochs = [[row["tokens"] for row in metrics[:3]], [row["tokens"] for row in metrics[3:]]]
+    epochs = [[row["loss/tokens"] for row in metrics[:3]], [row["loss/tokens"] for row in metrics[3:]]]
     assert sum(epochs[0]) == sum(epochs[1]) == sum(len(e.ids) - e.start for e in train)
     assert len(metrics) == 6
 
@@ -57,20 +57,20 @@ def test_the_loss_is_the_mean_over_the_response_tokens_of_the_batch(trained, tin
     model, _ = m.load_model(str(tiny))
     losses = [loss for example in batch_of(cfg, train, 0) for loss in token_losses(model, example)]
     assert len({len(e.ids) - e.start for e in batch_of(cfg, train, 0)}) > 1  # of unequal length: no mean of means
-    assert metrics[0]["loss"] == pytest.approx(mean(losses), rel=1e-4)
-    assert metrics[0]["tokens"] == len(losses)
+    assert metrics[0]["loss/train"] == pytest.approx(mean(losses), rel=1e-4)
+    assert metrics[0]["loss/tokens"] == len(losses)
 
 
 def test_the_validation_loss_is_the_token_mean_of_the_model_that_is_kept(trained):
     _, _, val, metrics, run = trained
     model, _ = m.load_model(str(run / "model"))
     losses = [loss for example in val for loss in token_losses(model, example)]
-    assert min(row["val_loss"] for row in metrics if "val_loss" in row) == pytest.approx(mean(losses), rel=1e-4)
+    assert min(row["loss/val"] for row in metrics if "loss/val" in row) == pytest.approx(mean(losses), rel=1e-4)
     assert metrics[2]["kept"] is True
 
 
 def test_every_epoch_has_an_order_of_its_own(trained):
     cfg, train, _, metrics, _ = trained
-    assert [row["tokens"] for row in metrics[:3]] != [row["tokens"] for row in metrics[3:]]
+    assert [row["loss/tokens"] for row in metrics[:3]] != [row["loss/tokens"] for row in metrics[3:]]
     for step, row in enumerate(metrics):
-        assert row["tokens"] == sum(len(e.ids) - e.start for e in batch_of(cfg, train, step))
+        assert row["loss/tokens"] == sum(len(e.ids) - e.start for e in batch_of(cfg, train, step))

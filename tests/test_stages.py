@@ -42,10 +42,12 @@ def test_all_stages_on_a_tiny_model(tiny, tmp_path):
     missing = run_stage("grpo.py", "--show", tmp_path / "grpo", "--step", 9, check=False)
     assert missing.returncode == 2 and "step-000009.jsonl: is not there" in missing.stderr
     last = m.read_jsonl(tmp_path / "grpo/metrics.jsonl")[-1]
-    assert last["direct_rollouts"] > 0 and {"skip_rate", "flat_groups", "kl", "clip_share", "bc_loss"} <= set(last)
-    assert last["grad_norm_policy"] > 0 and last["grad_norm_bc"] > 0 and 4 < last["entropy"] < 7  # ln 512 = 6.2
+    assert last["rollout/direct"] > 0
+    assert {"rollout/skip_rate", "reward/zero_variance", "loss/kl", "loss/clip_share", "loss/bc"} <= set(last)
+    assert last["loss/grad_norm_policy"] > 0 and last["loss/grad_norm_bc"] > 0
+    assert 4 < last["rollout/entropy"] < 7  # of 512 tokens; ln 512 = 6.2
     first = m.read_jsonl(tmp_path / "grpo/metrics.jsonl")[0]  # a point before training and one at each save
-    assert first["dev_slips_before"] > 0 and "dev_slips" not in first and 0 <= last["dev_all_met"] <= 1
+    assert first["dev/slips_before"] > 0 and "dev/slips" not in first and 0 <= last["dev/all_met"] <= 1
 
     run_stage("evaluate.py", "--benchmarks", tmp_path / "evolve/heldout.jsonl", "--out", tmp_path / "evaluate",
               "--base-model", tiny, "--sft-model", tmp_path / "sft/model", "--ours-model", tmp_path / "grpo/model",
@@ -79,14 +81,14 @@ def test_a_short_run_of_the_real_model(tmp_path):
     threads = {"OMP_NUM_THREADS": "2"}
     run_stage("sft.py", "--records", m.data_dir / "teacher.jsonl", "--max-examples", 18, "--epochs", 1,
               "--val-share", 0.1, "--batch-size", 4, "--out", tmp_path / "sft", **threads)
-    losses = [row["loss"] for row in m.read_jsonl(tmp_path / "sft/metrics.jsonl")]
+    losses = [row["loss/train"] for row in m.read_jsonl(tmp_path / "sft/metrics.jsonl")]
     assert losses[-1] < losses[0]
     run_stage("grpo.py", "--records", m.data_dir / "rl.jsonl", "--model", tmp_path / "sft/model", "--steps", 1,
               "--math-ratio", 0, "--prompts", 2, "--max-new-tokens", 32,
               "--bc-batch", 4, "--out", tmp_path / "grpo", **threads)
     row = m.read_jsonl(tmp_path / "grpo/metrics.jsonl")[0]
-    assert row["kl"] < 1e-6 and row["clip_share"] == 0  # the first update is on-policy, at the reference itself
-    assert row["direct_rollouts"] == 4
+    assert row["loss/kl"] < 1e-6 and row["loss/clip_share"] == 0  # the first update is on-policy, at the reference
+    assert row["rollout/direct"] == 4
     run_stage("evaluate.py", "--benchmarks", m.data_dir / "heldout.jsonl", "--limit", 2, "--model",
               tmp_path / "grpo/model", "--label", "Ours", "--max-new-tokens", 32, "--out", tmp_path / "evaluate",
               "--perplexity-items", 0, **threads)

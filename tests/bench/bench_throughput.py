@@ -76,7 +76,7 @@ def rows_for(prompts, group, prompt_tokens, tokens):
     rows = []
     for _ in range(prompts):
         prompt = draw(prompt_tokens)
-        rows += [grpo.Row(prompt + draw(tokens), prompt_tokens, (-1.0) ** i) for i in range(group)]
+        rows += [m.Sequence(prompt + draw(tokens), prompt_tokens, (-1.0) ** i) for i in range(group)]
     return rows
 
 
@@ -86,7 +86,7 @@ def update(policy, reference, optimizer, rows, cfg, dtype) -> float:
         row.old_logp = None
     began = wait()
     grpo.policy_backward(policy, reference, rows, len(rows), cfg, dtype)
-    m.optimizer_step(policy, optimizer, [m.take_gradients(policy)[1]], 0, [], Path("."))
+    m.optimizer_step(policy, optimizer, {"policy": m.take_gradients(policy)}, 0, [], Path("."))
     return wait() - began
 
 

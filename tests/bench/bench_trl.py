@@ -55,10 +55,10 @@ class Ours:
         groups = self.engine.generate(self.prompts, n=G, max_tokens=T, seeds=range(P))
         middle = time.perf_counter()
         wanted = iter(lengths(self.mixed))
-        rows = [grpo.Row(prompt + c.token_ids[: next(wanted)], len(prompt), (-1.0) ** i)
+        rows = [m.Sequence(prompt + c.token_ids[: next(wanted)], len(prompt), (-1.0) ** i)
                 for prompt, group in zip(self.prompts, groups, strict=True) for i, c in enumerate(group)]
         grpo.policy_backward(self.policy, self.reference, rows, len(rows), grpo.Config(), self.dtype)
-        m.optimizer_step(self.policy, self.optimizer, [m.take_gradients(self.policy)[1]], 0, [], Path("."))
+        m.optimizer_step(self.policy, self.optimizer, {"policy": m.take_gradients(self.policy)}, 0, [], Path("."))
         self.times.append((middle - began, time.perf_counter() - middle))
 
 
@@ -117,7 +117,7 @@ def our_gradient(model, batch):
     for b in range(len(batch["advantages"])):
         prompt = batch["prompt_ids"][b][batch["prompt_mask"][b].bool()].tolist()
         response = batch["completion_ids"][b][batch["completion_mask"][b].bool()].tolist()
-        rows.append(grpo.Row(prompt + response, len(prompt), batch["advantages"][b].item()))
+        rows.append(m.Sequence(prompt + response, len(prompt), batch["advantages"][b].item()))
     grpo.policy_backward(model, model, rows, len(rows), grpo.Config(), m.compute_dtype("auto"))
     gradient = flat_gradient(model)
     model.zero_grad(set_to_none=True)
