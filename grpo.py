@@ -6,10 +6,19 @@
     python grpo.py --resume                                    # go on after a kill: bit for bit the same weights on CPU
     python grpo.py --show runs/grpo --step 3 [--id rl-0012]    # one step's rollouts in the terminal, group by group
 
+    python grpo.py --help metrics                              # what each number of metrics.jsonl means, when to worry
+
 The way of one prompt: record -> prompt ids -> G reasoning + H direct rollouts -> scores -> rewards_PG, keep_P,
 advantages_PG -> micro-batches -> logp, old, ref -> loss + BC -> optimizer step -> log line and samples file.
-What is not in here, because the paper's objective does not have it: an entropy bonus, a critic, discounting
-(γ = 1), KL inside the reward, more than one inner epoch.
+
+What differs from plain GRPO:
+1. H direct rollouts a prompt, with an empty thought, are scored but not trained on (superior_cot_mask, Eq. 7): a prompt on
+   which every reasoning rollout is worse than every direct one leaves the update and its count.
+2. Expert answers are cloned in every update (cloning_backward, Eq. 8).
+3. There is no entropy bonus, no critic, no discounting (γ = 1), no KL inside the reward.
+What differs from the released code: rewards score the answer, not the label; direct rollouts get their real score, so the
+rule can fire; mean and std are those of the reasoning rollouts alone; skipped prompts contribute nothing; cloning
+trains on answer tokens alone; a truncated rollout is flagged, its last token is not overwritten.
 """
 
 import argparse

@@ -78,7 +78,11 @@ def parse_flags(config_class, argv=None, presets=None):
             parser.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper(), help=help_text)
     if presets:
         parser.add_argument("--preset", choices=sorted(presets), help="settings that belong together, see PRESETS")
-    given = vars(parser.parse_args(argv))
+    words = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    if words == ["--help", "metrics"]:
+        print(metrics_table())
+        sys.exit()
+    given = vars(parser.parse_args(words))
     preset = given.pop("preset", None)
     values = dict(presets[preset]) if preset else {}
     values.update({name: value for name, value in given.items() if value is not None})
@@ -95,6 +99,12 @@ def yield_to_neighbours() -> None:
         return
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def metrics_table() -> str:
+    """What each number of metrics.jsonl means, its usual value on a laptop, and when to worry (data/metrics.json)."""
+    rows = json.loads((data_dir / "metrics.json").read_text("utf-8"))
+    return markdown_table(rows[0], [row.values() for row in rows])
 
 
 def launch(main):
