@@ -1,8 +1,8 @@
-"""Stage 1: plain requests become checked instructions with constraints, each with an expert answer that meets them all.
+"""Stage 1: plain requests become checked instructions with constraints, and expert answers that meet them all.
 
     python evolve.py                             recorded teacher of data/ -> runs/evolve/{train,rl,dev,heldout}.jsonl
     python evolve.py --recorded my_rows.jsonl    your own rows, in the form of data/teacher.jsonl
-    python evolve.py --llm Qwen/Qwen2.5-72B-Instruct@http://localhost:8000/v1 --seeds allenai/WildChat --limit 10000
+    python evolve.py --llm Qwen/Qwen2.5-72B-Instruct@http://localhost:8000/v1 --seeds allenai/WildChat --rows 50000
     torchrun --standalone --nproc-per-node 8 evolve.py --llm Qwen/Qwen2.5-7B-Instruct --seeds my_requests.jsonl
 
 One path, whoever answers: requests -> tags -> constraints, drawn for code or rewritten from an exemplar for a judge ->
@@ -13,7 +13,7 @@ constraints and the replies to merging and expert; what nobody was asked appears
 What fails is dropped and counted. The prompts are files in data/prompts/.
 
 train.jsonl holds the experts (sft.py, cloning), rl.jsonl the prompts of GRPO, dev.jsonl what settings are chosen by,
-heldout.jsonl what is looked at once. A request is on one side only, by a hash that no flag changes.
+heldout.jsonl what is looked at once. A request is on one side only, by a row's own `split` or by a constant hash.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ from model import (
 )
 from rewards import CONSTRAINTS, InputError
 
-OOD_TYPES = (  # asked for in held-out records only: what is learned about the other types has to carry over to these
+OOD_TYPES = (  # never drawn for training: what is learned about the other types has to carry over to these
     "content:acrostic",
     "content:iso_dates",
     "content:questions_only",
@@ -80,11 +80,11 @@ class Config:
     expert: str = ""  # model that answers, NAME[@URL] (default: --llm)
     judge: str = ""  # model that checks answers against judge constraints, NAME[@URL] (default: --llm)
     seeds: str = ""  # requests: own, record, Alpaca or WildChat rows (JSONL, JSON, Parquet) or a hub data set's name
-    recorded: str = ""  # instead of --llm: rows with instruction, constraints and expert (default: those of data/)
-    language: Literal["en", "zh", "both"] = "en"  # language of the requests
-    limit: int = 0  # use only so many requests, or recorded rows of a file; 0 = all
+    recorded: str = ""  # instead of --llm: records, with expert or without (default: the four files of data/)
+    language: Literal["en", "zh", "both"] = "en"  # with --llm: language of the requests
+    limit: int = 0  # use only so many requests, or recorded rows of each file; 0 = all
     dry_run: int = 0  # take so many requests through all steps, print what each step made, write no training files
-    types: str = "ifeval"  # types that code verifies: ifeval (25), all (64), or names a,b,…; recorded rows: those alone
+    types: str = "ifeval"  # types drawn for code: ifeval (25), all (64) or names a,b,…, which also choose recorded rows
     max_constraints: int = 0  # leave out recorded rows with more; most that are drawn for code; 0 = all rows, 5 drawn
     answer_words: int = 0  # leave out recorded rows whose experts have longer answers; 0 = none
     judge_share: float = 0.5  # share of the requests that get judge-verified constraints; the others code-verified
@@ -205,7 +205,9 @@ def other_seed(row: dict, where: str, source: str, counts: Counter) -> dict | No
     if row.get("toxic") or not language:
         counts["toxic" if row.get("toxic") else "other language"] += 1
         return None
-    return {"id": f"{Path(source).stem}-{where.rpartition(':')[2]}", "language": language, "text": text.strip()}
+    # By its text, so that it stays on its side of the split in whichever line or file it stands.
+    digest = hashlib.sha256(text.strip().encode()).hexdigest()[:12]
+    return {"id": f"{Path(source).stem}-{digest}", "language": language, "text": text.strip()}
 
 
 def read_seeds(cfg: Config, counts: Counter) -> list[dict]:
@@ -215,12 +217,18 @@ def read_seeds(cfg: Config, counts: Counter) -> list[dict]:
     seeds, first_seen = [], {}
     for source in sources:
         for where, row in islice(rows_of(source), cfg.rows or None):
-            if row.keys() & set(_OTHER_FORMS) and not row.keys() >= {"text", "language"}:
-                seed = other_seed(row, where, source, counts)
-                if seed is None:
-                    continue
-            else:
+            own = row.keys() >= {"text", "language"} or not row.keys() & set(_OTHER_FORMS)
+            if own:
                 seed = own_seed(row, where)
+            elif filled(row.get("request")) and filled(row.get("seed")):  # a record: the request it was made from
+                seed = {"id": row["seed"], "language": row.get("language", "en"), "text": row["request"]}
+            else:
+                seed = other_seed(row, where, source, counts)
+            if seed is None:
+                continue
+            if not own and seed["id"] in first_seen:
+                counts["exact duplicate"] += 1
+                continue
             if seed["id"] in first_seen:
                 raise InputError(
                     f"{where}: field 'id': {seed['id']!r} is that of {first_seen[seed['id']]}; make it unique"
@@ -313,7 +321,7 @@ def drop_contaminated(rows: list[dict], known: dict[int, str], hits: list[dict])
     """The rows (requests or records) that share no run of words with a benchmark; the others are listed in hits."""
     clean = []
     for row in rows:
-        text = row["messages"][0]["content"] if "messages" in row else row["text"]
+        text = row["messages"][-1]["content"] if "messages" in row else row["text"]
         gram = next((gram for gram in grams(text) if hash(gram) in known), None) if known else None
         if gram is None:
             clean.append(row)
@@ -332,9 +340,10 @@ def tag(seeds: list[dict], ask, counts: Counter) -> list[dict]:
 
     def read(seed, reply):
         topic, ability = read_json(reply, "topic"), read_json(reply, "ability")
-        return {"topic": topic, "ability": str(ability)} if topic in (*topics, "other") else None
+        known = topic == "other" or (topic in topics and filled(ability))
+        return {"topic": topic, "ability": ability} if known else None
 
-    untagged = [seed for seed in seeds if not seed.get("ability")]
+    untagged = [seed for seed in seeds if not filled(seed.get("ability")) or not filled(seed.get("topic"))]
     tags = dict(zip((seed["id"] for seed in untagged), ask("tag", untagged, write, read), strict=True))
     tagged = []
     for seed in seeds:
@@ -363,7 +372,10 @@ def choose(seeds: list[dict], ask, cfg: Config, counts: Counter) -> list[dict]:
 
 
 def split_of(request_id: str) -> str:
-    """train, dev or heldout, by a constant hash: neither --seed nor further requests move one to another side."""
+    """train, dev or heldout, by a constant hash of the request's id, for rows that do not say it themselves.
+
+    Neither --seed nor further requests move one to another side.
+    """
     share = int.from_bytes(hashlib.sha256(f"0/{request_id}".encode()).digest()[:4], "big") / 2**32
     return "heldout" if share < 0.3 else "dev" if share < 0.393 else "train"
 
@@ -411,12 +423,19 @@ def make_ask(cfg: Config, folder: Path, spent: dict):
                                  temperature=max(temperature, 0.7) if attempt else temperature,
                                  seed=cfg.seed + seed + 1000 * attempt)
             replies = dict(gather_objects([(k, reply) for k, [reply] in zip(own, answered, strict=True)]))
+            refused = [k for k in range(len(pending)) if replies[k].finish_reason == "refused"]
             for k, i in enumerate(pending):
                 values[i] = read(items[i], replies[k]) if replies[k].finish_reason == "stop" else None
             if rank == 0:
                 log_calls(folder, step, attempt, [(talks[k], replies[k], values[i]) for k, i in enumerate(pending)])
             spent[step]["calls"] += len(pending)
-            pending = [i for i in pending if values[i] is None]
+            spent[step]["refused"] += len(refused)
+            spent[step]["cut"] += sum(reply.finish_reason == "length" for reply in replies.values())
+            if len(refused) == len(pending) and attempt == 0:
+                raise InputError(f"{roles[role]}: all {len(pending)} requests of step {step!r} were refused "
+                                 f"({replies[0].reasoning}); a smaller --max-tokens leaves more room for the prompt")
+            final = {pending[k] for k in refused}  # asked again, it would be refused again
+            pending = [i for i in pending if values[i] is None and i not in final]
         for name, count in chat.tokens.items():
             spent[step][name] += round(sum_over_ranks(count - before[name]))
         return values
@@ -438,15 +457,18 @@ def read_json(reply, field: str):
     found = re.search(r"\{.*\}", reply.text.rpartition("</think>")[2], re.S)
     try:
         value = json.loads(found[0]) if found else None
+        json.dumps(value, ensure_ascii=False).encode()  # half an emoji could not be written to a file
     except (ValueError, RecursionError):
         return None
     return value.get(field) if isinstance(value, dict) else None
 
 
 def read_word(reply, known: str) -> str | None:
-    """The first of the words `known` ("true|false|na") in a reply, lower case."""
-    found = re.search(rf"\b({known})\b", reply.text.rpartition("</think>")[2].lower())
-    return found[1] if found else None
+    """The one of the words `known` ("true|false|na") that opens a reply or is alone in it; lower case."""
+    text = reply.text.rpartition("</think>")[2].lower()
+    opening = re.match(rf"\W*({known})\b", text)
+    words = {opening[1]} if opening else set(re.findall(rf"\b(?:{known})\b", text)) if "not" not in text else set()
+    return words.pop() if len(words) == 1 else None
 
 
 def tally(counts: Counter, verdicts, reason: str) -> None:
@@ -458,7 +480,8 @@ def tally(counts: Counter, verdicts, reason: str) -> None:
 def keep(folder: Path, step: str, rows) -> None:
     """What a step made, as steps/NUMBER-step.jsonl."""
     if init_distributed()[0] == 0:
-        write_jsonl(folder / "steps" / f"{len(list((folder / 'steps').glob('*')))}-{step}.jsonl", rows)
+        number = len(list((folder / "steps").glob("*.jsonl")))
+        write_jsonl(folder / "steps" / f"{number}-{step}.jsonl", rows)
 
 
 # ---------------------------------------------------------------- step 2: constraints
@@ -486,7 +509,7 @@ def plan_drafts(seeds: list[dict], ask, cfg: Config, funnel) -> list[dict]:
     exemplars = defaultdict(list)
     for exemplar in read_jsonl(data_dir / "exemplars.jsonl"):
         exemplars[exemplar["language"], exemplar["composition"]].append(exemplar)
-    tried, coded, judged = Counter(), [], []
+    tried, coded, judged = defaultdict(Counter), [], []
     for seed in seeds:
         rng, split = random.Random(f"{cfg.seed}/plan/{seed['id']}"), split_of(seed["id"])
         draft = {"id": seed["id"], "seed": seed["id"], "source": "evolve", "task": "instruction",
@@ -497,11 +520,13 @@ def plan_drafts(seeds: list[dict], ask, cfg: Config, funnel) -> list[dict]:
         if by_judge:
             judged.append(draft)
         else:
-            types = [name for name in chosen_types(cfg) if name not in OOD_TYPES]
-            types += OOD_TYPES if split == "heldout" else ()
+            types = chosen_types(cfg)
+            if cfg.types in ("ifeval", "all"):  # names are taken as given
+                ood = split == "heldout" and rng.random() < 1 / 3  # a third of the held-out ones
+                types = list(OOD_TYPES) if ood else [name for name in types if name not in OOD_TYPES]
             weights = COUNT_WEIGHTS[: cfg.max_constraints or None]
             wanted = rng.choices(range(1, len(weights) + 1), weights)[0]
-            coded.append(draft | {"constraints": draw_constraints(rng, draft, types, tried, wanted)})
+            coded.append(draft | {"constraints": draw_constraints(rng, draft, types, tried[split], wanted)})
     suggest_words(coded, ask)
     for draft in coded:
         rng = random.Random(f"{cfg.seed}/wording/{draft['id']}")
@@ -638,7 +663,7 @@ def rewrite_parts(drafts: list[dict], ask, counts: Counter) -> list[dict]:
                  lambda pair, reply: read_word(reply, "true|false|unclear"))
     wrong = {draft["id"] for (draft, condition), truth in zip(pairs, truths, strict=True)
              if truth != str(condition["holds"]).lower()}
-    counts["condition not as meant"] += len(wrong)
+    counts["condition not as meant, or no verdict"] += len(wrong)
     counts["kept"] += len(drafts) - len(wrong)
     return [draft for draft in drafts if draft["id"] not in wrong]
 
@@ -651,6 +676,59 @@ def consistent(draft: dict) -> bool:
     ids = [c["id"] for c in active_code(draft)]
     chained = any(c["depends_on"] for c in draft["constraints"])
     return draft["constraints"] != [] and (chained or rewards.compatible(ids))
+
+
+def check_recorded(row: dict) -> None:
+    """Raise InputError `field 'X': …` for what a record may be without, but a recorded row must not get wrong."""
+    if row["task"] != "instruction":
+        raise InputError(f"field 'task': {row['task']!r}; math goes in by --math FILE")
+    for name in ("expert", "witness", "request", "seed", "split"):
+        if row.get(name) is None:
+            row.pop(name, None)
+        elif not filled(row[name]):
+            raise InputError(f"field {name!r}: is not a text; write one or remove it")
+    condition = row.get("condition")
+    if condition is not None and not (isinstance(condition, dict) and filled(condition.get("if"))):
+        raise InputError("field 'condition': has no text 'if'; write {\"if\": \"…\", \"holds\": true, \"why\": \"…\"}")
+    if row.get("split", "train") not in SPLITS:
+        raise InputError(f"field 'split': {row['split']!r} is unknown; use one of {', '.join(SPLITS)}, or leave it out")
+    row.setdefault("language", "en")
+
+
+def wanted_row(row: dict, types: set[str], cfg: Config) -> bool:
+    """Do --types, --max-constraints and --answer-words leave the recorded row in?"""
+    named = cfg.types in ("ifeval", "all") or {c.get("id") for c in row["constraints"]} <= types
+    short = not cfg.answer_words or count_words(parts_of(row)["answer"]) <= cfg.answer_words
+    return named and short and len(row["constraints"]) <= (cfg.max_constraints or len(row["constraints"]))
+
+
+def read_recorded(cfg: Config, counts: Counter) -> list[dict]:
+    """Drafts of the recorded teacher's rows: what stands in a row is what a model would reply at that step."""
+    names = ("teacher", "rl", "dev", "heldout")
+    drafts, first_seen, types = [], {}, set(chosen_types(cfg))
+    for path in [Path(cfg.recorded)] if cfg.recorded else [data_dir / f"{name}.jsonl" for name in names]:
+        rows = []
+        for row in rewards.read_records(path):
+            try:
+                check_recorded(row)
+            except InputError as error:
+                raise InputError(f"{path}: record {row['id']!r}: {error}") from None
+            if row["id"] in first_seen:
+                raise InputError(f"{path}: id {row['id']!r} is also in {first_seen[row['id']]}; make it unique")
+            first_seen[row["id"]] = path
+            if wanted_row(row, types, cfg):
+                rows.append(row)
+            else:
+                counts["not of --types, --max-constraints, --answer-words"] += 1
+        for row in rows[: cfg.limit or None]:
+            replies = {"merge": json.dumps({"instruction": row["messages"][-1]["content"]})}
+            if "expert" in row:
+                replies["expert"] = row.pop("expert")
+            split = row.get("split") or split_of(row.get("seed", row["id"]))
+            split = "rl" if split == "train" and "expert" not in replies else split  # nothing to clone
+            drafts.append({"request": row["messages"][-1]["content"], **row, "split": split, "replies": replies})
+    counts["kept"] = len(drafts)
+    return drafts
 
 
 # ---------------------------------------------------------------- step 3: one natural instruction
@@ -679,14 +757,14 @@ def merge(drafts: list[dict], ask, funnel) -> list[dict]:
 
     def write_comparison(draft):
         return fill_prompt("evolve_compare", draft, parts=list_parts(draft),
-                           instruction=draft["messages"][0]["content"])
+                           instruction=draft["messages"][-1]["content"])
 
     pending, compared = drafts, {}
     for turn in range(3):
         texts = ask("merge", pending, write, read, temperature=0.7, seed=turn)
-        for draft, text in zip(pending, texts, strict=True):
-            draft["messages"] = [{"role": "user", "content": text}]
-        written = [draft for draft in pending if draft["messages"][0]["content"]]
+        for draft, text in zip(pending, texts, strict=True):  # earlier turns of a recorded conversation stay
+            draft["messages"] = [*draft.get("messages", [])[:-1], {"role": "user", "content": text}]
+        written = [draft for draft in pending if draft["messages"][-1]["content"]]
         same = ask("compare", written, write_comparison, lambda draft, reply: rewards.read_verdict(reply))
         compared |= {draft["id"]: verdict for draft, verdict in zip(written, same, strict=True)}
         pending = [draft for draft in pending if compared.get(draft["id"]) not in (True, NOT_ASKED)]
@@ -694,7 +772,7 @@ def merge(drafts: list[dict], ask, funnel) -> list[dict]:
             break
     missing = {draft["id"] for draft in pending}
     funnel["instruction"].update({"kept": len(compared), "not written": len(drafts) - len(compared)})
-    tally(funnel["comparison"], compared.values(), "parts lost or added in merging")
+    tally(funnel["comparison"], compared.values(), "parts lost or added, or no verdict")
     return [draft for draft in drafts if draft["id"] not in missing]
 
 
@@ -722,7 +800,7 @@ def active_code(draft: dict) -> list[dict]:
 
 
 def holds_code(draft: dict, answer: str) -> bool:
-    prompt = draft["messages"][0]["content"]
+    prompt = draft["messages"][-1]["content"]
     return all(rewards.check(c["id"], c["kwargs"], answer, prompt=prompt) for c in active_code(draft))
 
 
@@ -741,11 +819,11 @@ def add_experts(drafts: list[dict], ask, cfg: Config, funnel) -> list[dict]:
         questions = [{"asked": item, "replies": {}} for item in items]
         verdicts = ask("judge", questions, lambda question: rewards.judge_prompt(*question["asked"]),
                        lambda _, reply: rewards.read_verdict(reply), role="judge")
-        tally(funnel["judge questions"], verdicts, "no")
+        tally(funnel["judge questions"], verdicts, "no, or unreadable")
         return [verdict in (True, NOT_ASKED) for verdict in verdicts]
 
     passing: dict[str, list[str]] = {draft["id"]: [] for draft in drafts}
-    prompts_alone = set()
+    prompts_alone, readable = set(), set()
     for turn in range(cfg.tries if cfg.llm else 1):
         # Two attempts: these are long replies, and one that ran over the limit would do so again.
         replies = ask("expert", drafts, write, read_expert, role="expert", temperature=cfg.temperature, seed=turn,
@@ -753,14 +831,16 @@ def add_experts(drafts: list[dict], ask, cfg: Config, funnel) -> list[dict]:
         for draft, reply in zip(drafts, replies, strict=True):
             if reply == NOT_ASKED:
                 prompts_alone.add(draft["id"])
-            elif reply and holds_code(draft, reply[1]):
-                passing[draft["id"]].append(assistant_turn(*reply))
+            elif reply:
+                readable.add(draft["id"])
+                if holds_code(draft, reply[1]):
+                    passing[draft["id"]].append(assistant_turn(*reply))
     for answers in passing.values():
         answers.sort(key=count_words)
     experts: dict[str, str] = {}
-    for rank in range(cfg.tries):  # the judge sees the shortest first, a longer one only if that fails
-        pending = [d for d in drafts if d["id"] not in experts and len(passing[d["id"]]) > rank]
-        answers = [passing[draft["id"]][rank] for draft in pending]
+    for turn in range(cfg.tries):  # the judge sees the shortest first, a longer one only if that fails
+        pending = [d for d in drafts if d["id"] not in experts and len(passing[d["id"]]) > turn]
+        answers = [passing[draft["id"]][turn] for draft in pending]
         scores = rewards.score(pending, answers, judge=judge)
         experts |= {d["id"]: a for d, a, s in zip(pending, answers, scores, strict=True) if s.total == 3.0}
     kept = []
@@ -768,8 +848,11 @@ def add_experts(drafts: list[dict], ask, cfg: Config, funnel) -> list[dict]:
         if draft["id"] in experts:
             counts["kept"] += 1
             kept.append(draft | {"expert": experts[draft["id"]]})
+        elif passing[draft["id"]]:
+            counts["no answer passed the judge"] += 1
         elif draft["id"] not in prompts_alone:
-            counts["no answer passed the judge" if passing[draft["id"]] else "no answer passed the code checks"] += 1
+            known = draft["id"] in readable
+            counts["no answer passed the code checks" if known else "no reply with thought and answer"] += 1
         elif "witness" in draft and not holds_code(draft, draft["witness"]):
             counts["its witness fails the checks"] += 1
         else:
@@ -789,7 +872,7 @@ def in_another_language(draft: dict, answer: str) -> bool | None:
     """Is the answer in another language than the request? None where code cannot tell."""
     if any(c["id"].startswith(("language", "change_case")) for c in active_code(draft)):  # those ask for another
         return None
-    instruction, words = draft["messages"][0]["content"], tokens(answer)
+    instruction, words = draft["messages"][-1]["content"], tokens(answer)
     share = sum("\u4e00" <= word <= "\u9fff" for word in words) / max(1, len(words))
     if draft["language"] == "zh":
         return True if share < 0.2 else False if share > 0.9 else None
@@ -801,7 +884,7 @@ def in_another_language(draft: dict, answer: str) -> bool | None:
 def leaks_question(draft: dict, answer: str) -> bool:
     """Is the answer a copy of the instruction, or does it hold a judge's question?"""
     words, ids = tokens(answer), [c["id"] for c in active_code(draft)]
-    copied = len(words) > 5 and " ".join(words) in " ".join(tokens(draft["messages"][0]["content"]))
+    copied = len(words) > 5 and " ".join(words) in " ".join(tokens(draft["messages"][-1]["content"]))
     questions = [c["question"] for c in draft["constraints"] if c["kind"] == "judge"]
     return (copied and "combination:repeat_prompt" not in ids) or any(question in answer for question in questions)
 
@@ -812,19 +895,19 @@ def contradicts_itself(draft: dict) -> bool:
     for c in active_code(draft):
         banned |= {word.lower() for word in c["kwargs"].get("forbidden_words") or []}
         if c["id"] != "keywords:any_of" and c["kwargs"].get("relation") not in ("less than", "at most"):
-            for field in ("keywords", "keyword", "first", "second", "word", "first_word"):
-                wanted |= {str(word).lower() for word in as_list(c["kwargs"].get(field))}
+            for field in {"keywords", "keyword", "first", "second", "word", "first_word"} & c["kwargs"].keys():
+                wanted |= {str(word).lower() for word in as_list(c["kwargs"][field])}
     return bool(wanted & banned)
 
 
 def has_unsafe_term(text: str) -> bool:
     terms = filter(None, (data_dir / "unsafe.txt").read_text("utf-8").split("\n"))
-    return any(re.search(rf"(?<![a-z]){re.escape(term)}", text.lower()) for term in terms)
+    return any(re.search(rf"(?<![a-z]){re.escape(term)}(?![a-z])", text.lower()) for term in terms)
 
 
 def quick_check(name: str, draft: dict, answer: str) -> bool | None:
     """Is the fault of a filter there? True or False where code can tell, None where the model has to be asked."""
-    instruction = draft["messages"][0]["content"]
+    instruction = draft["messages"][-1]["content"]
     if name == "language":
         return in_another_language(draft, answer)
     faults = {
@@ -845,7 +928,7 @@ def apply_filters(drafts: list[dict], ask, folder: Path, funnel) -> list[dict]:
     for name in FILTERS:
 
         def write(draft, name=name):
-            instruction, answer = draft["messages"][0]["content"], answers[draft["id"]] or "(none yet)"
+            instruction, answer = draft["messages"][-1]["content"], answers[draft["id"]] or "(none yet)"
             return prompt_text("filter", instruction=instruction, answer=answer, rubric=prompt_text(f"filter_{name}"))
 
         verdicts = dict.fromkeys(answers, NOT_ASKED)  # without an answer there is nothing to ask about it
@@ -866,43 +949,15 @@ def apply_filters(drafts: list[dict], ask, folder: Path, funnel) -> list[dict]:
 # ---------------------------------------------------------------- step 6: files and report
 
 
-def wanted_row(row: dict, types: set[str], cfg: Config) -> bool:
-    """Do --types, --max-constraints and --answer-words leave the recorded row in?"""
-    named = cfg.types in ("ifeval", "all") or {c.get("id") for c in row["constraints"]} <= types
-    short = not cfg.answer_words or count_words(parts_of(row)["answer"]) <= cfg.answer_words
-    return named and short and len(row["constraints"]) <= (cfg.max_constraints or len(row["constraints"]))
-
-
-def read_recorded(cfg: Config, counts: Counter) -> list[dict]:
-    """Drafts of the recorded teacher's rows: what stands in a row is what a model would reply at that step."""
-    names = ("teacher", "rl", "dev", "heldout")
-    drafts, first_seen, types = [], {}, set(chosen_types(cfg))
-    for path in [Path(cfg.recorded)] if cfg.recorded else [data_dir / f"{name}.jsonl" for name in names]:
-        found = rewards.read_records(path)
-        rows = [row for row in found if wanted_row(row, types, cfg)]
-        counts["not of --types, --max-constraints, --answer-words"] += len(found) - len(rows)
-        for row in rows[: cfg.limit or None]:
-            if row["id"] in first_seen:
-                raise InputError(f"{path}: id {row['id']!r} is also in {first_seen[row['id']]}; make it unique")
-            first_seen[row["id"]] = path
-            replies = {"merge": json.dumps({"instruction": row["messages"][-1]["content"]})}
-            if "expert" in row:
-                replies["expert"] = row.pop("expert")
-            split = row.get("split") or split_of(row.get("seed", row["id"]))
-            if split not in SPLITS:
-                raise InputError(f"{path}: record {row['id']!r}: field 'split': {split!r} is unknown; use one of "
-                                 f"{', '.join(SPLITS)}, or leave it out")
-            drafts.append({"request": row["messages"][-1]["content"], **row, "split": split, "replies": replies})
-    counts["kept"] = len(drafts)
-    return drafts
-
-
 def math_records(source: str) -> list[dict]:
     """Math records: the file's own, or made of DeepScaleR (problem, answer), GSM8K (#### result) or MATH rows."""
     records = []
     for where, row in rows_of(source):
         if "task" in row:
-            return rewards.read_records(source)
+            own = rewards.read_records(source)
+            if others := [record["id"] for record in own if record["task"] != "math"]:
+                raise InputError(f"{source}: record {others[0]!r} is no math record; give a file of math records alone")
+            return own
         question, answer = row.get("problem", row.get("question")), str(row.get("answer") or "")
         answer = answer.rpartition("####")[2].strip() or rewards.last_boxed(str(row.get("solution") or ""))
         if not filled(question) or not answer:
@@ -916,18 +971,18 @@ def math_records(source: str) -> list[dict]:
     return records
 
 
-def mix_in_math(files: dict[str, list[dict]], cfg: Config, rng) -> None:
+def mix_in_math(files: dict[str, list[dict]], math: list[dict], cfg: Config, rng) -> None:
     """Add math to the prompts of GRPO and, where it comes with expert answers, other math to the experts."""
-    math = math_records(cfg.math or str(data_dir / "arithmetic.jsonl")) if cfg.math_ratio else []
     rng.shuffle(math)
+    used = 0
     for split in ("rl", "train"):
         wanted = round(cfg.math_ratio * len(files[split]))
-        usable = [record for record in math if split == "rl" or "expert" in record][:wanted]
-        if split == "rl" and wanted > len(usable):
-            print(f"--math-ratio {cfg.math_ratio} asks for {wanted} math records, there are {len(math)}: all taken",
-                  file=sys.stderr)
+        usable = [record for record in math[used:] if split == "rl" or "expert" in record][:wanted]
+        if wanted > len(usable):
+            print(f"--math-ratio {cfg.math_ratio} asks for {wanted} math records in {split}.jsonl, there are "
+                  f"{len(usable)}: all taken", file=sys.stderr)
         files[split] += usable
-        math = [record for record in math if record not in usable]
+        used += len(usable)
 
 
 _USER_TURNS = (  # of the chat templates of Qwen and SmolLM, DeepSeek, LLaMA 3, Mistral
@@ -1014,18 +1069,23 @@ def finished(draft: dict) -> dict:
 
 
 def write_files(folder: Path, files: dict[str, list[dict]]) -> None:
-    """SPLIT.jsonl of each split that has records; one of an earlier run that has none now is removed."""
+    """SPLIT.jsonl of each split that has records."""
     for split, records in files.items():
-        path = folder / f"{split}.jsonl"
-        path.unlink(missing_ok=True)
         if records:
-            write_jsonl(path, records)
-            rewards.read_records(path)  # through the validation of the next stages
+            write_jsonl(folder / f"{split}.jsonl", records)
+            rewards.read_records(folder / f"{split}.jsonl")  # through the validation of the next stages
+
+
+def remove_earlier(folder: Path) -> None:
+    """What an earlier run has left, but for its finished calls: nothing of it may pass for this run's."""
+    names = [f"{split}.jsonl" for split in SPLITS] + ["report.md", "metrics.jsonl", "lengths.png", "contaminated.jsonl"]
+    for path in [*(folder / name for name in names), *(folder / "steps").glob("*")]:
+        path.unlink(missing_ok=True)
 
 
 def parts_of(record: dict) -> dict[str, str]:
     parsed = rewards.parse_response(record.get("expert", ""))
-    return {"instruction": record["messages"][0]["content"], "thought": parsed.think, "answer": parsed.answer}
+    return {"instruction": record["messages"][-1]["content"], "thought": parsed.think, "answer": parsed.answer}
 
 
 def report(funnel, files: dict[str, list[dict]], spent) -> str:
@@ -1050,10 +1110,11 @@ def report(funnel, files: dict[str, list[dict]], spent) -> str:
     header = ("file", "instructions", "with 1, 2, 3 … constraints", "words: instruction", "thought", "answer")
     lines += [markdown_table(header, rows), "![lengths](lengths.png)\n"]
     if spent:
-        numbers = ("calls", "prompt_tokens", "completion_tokens")
+        numbers = ("calls", "refused", "cut", "prompt_tokens", "completion_tokens")
         rows = [(step, *(counts[name] for name in numbers)) for step, counts in spent.items()]
-        rows.append(("all", *(sum(row[k] for row in rows) for k in (1, 2, 3))))
-        lines += ["## Tokens\n", markdown_table(("step", "calls", "prompt tokens", "tokens written"), rows)]
+        rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
+        header = ("step", "calls", "refused", "cut at --max-tokens", "prompt tokens", "tokens written")
+        lines += ["## Tokens\n", markdown_table(header, rows)]
     values = {
         "type": lambda r: {c.get("id", "judge") for c in r["constraints"]},
         "composition": lambda r: {r.get("composition", "and")},
@@ -1083,7 +1144,7 @@ def plot_lengths(path: Path, records: list[dict]) -> None:
 
 def show_steps(folder: Path, drafts: list[dict]) -> None:
     """What each step made of each request, for reading."""
-    paths = sorted((folder / "steps").iterdir(), key=lambda path: int(path.name.partition("-")[0]))
+    paths = sorted((folder / "steps").glob("*.jsonl"), key=lambda path: int(path.name.partition("-")[0]))
     rows = [(path.stem, row) for path in paths for row in read_jsonl(path)]
     for draft in drafts:
         print(f"\n{'=' * 100}\n{draft['id']}")
@@ -1102,6 +1163,15 @@ def check_settings(cfg: Config) -> None:
                          "already go in by --recorded FILE")
     if (cfg.expert or cfg.judge) and not cfg.llm:
         raise InputError("--expert, --judge: the recorded teacher asks nobody; give --llm as well")
+    least = {"tries": 1, "concurrency": 1, "max_tokens": 1}
+    for name in ("limit", "dry_run", "max_constraints", "answer_words", "tries", "max_tokens", "concurrency", "rows",
+                 "seed_words", "ability_cap", "math_ratio"):
+        if getattr(cfg, name) < least.get(name, 0):
+            raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least {least.get(name, 0)}")
+    if not 0 <= cfg.judge_share <= 1:
+        raise InputError(f"--judge-share {cfg.judge_share}: is a share from 0 to 1")
+    if cfg.raif and (cfg.llm or cfg.seeds or cfg.recorded or cfg.dry_run):
+        raise InputError("--raif: only turns files into records; leave --llm, --seeds, --recorded and --dry-run out")
     if cfg.recorded and cfg.llm:
         raise InputError("--recorded, --llm: either rows that are finished or a model that writes them; give one")
 
@@ -1110,21 +1180,18 @@ def main(argv=None):
     cfg = parse_flags(Config, argv, PRESETS)
     check_settings(cfg)
     rank, _ = init_distributed()
-    if cfg.raif:
-        counts = Counter()
-        records = raif_records(cfg.raif, counts)
-        if rank == 0:
-            write_files(open_run(cfg.out, cfg, resume=True),
-                        {"train": [r for r in records if "expert" in r], "rl": records})
-            print(markdown_table(("rows", "number"), sorted(counts.items())))
-        return
     if cfg.dry_run:
         cfg = replace(cfg, limit=cfg.dry_run, out=str(Path(cfg.out) / "dry-run"))
     folder = open_run(cfg.out, cfg, resume=True)
     funnel, spent, hits = defaultdict(Counter), defaultdict(Counter), []
     if rank == 0:
-        for stale in (folder / "steps").glob("*.jsonl"):
-            stale.unlink()
+        remove_earlier(folder)
+    if cfg.raif:
+        records = raif_records(cfg.raif, funnel["rows"])
+        if rank == 0:
+            write_files(folder, {"train": [r for r in records if "expert" in r], "rl": records})
+            print(markdown_table(("rows", "number"), sorted(funnel["rows"].items())))
+        return
 
     # Requests with constraints: planned for a model, or as they stand in the recorded teacher's rows.
     known = read_benchmarks(cfg.benchmark_dir)
@@ -1140,31 +1207,35 @@ def main(argv=None):
         planned = plan_drafts(seeds, ask, cfg, funnel)
     else:
         ask = ask_recorded
-        planned = read_recorded(cfg, funnel["recorded rows"])
+        seeds = planned = read_recorded(cfg, funnel["recorded rows"])[: cfg.dry_run or None]
     tally(funnel["constraints"], map(consistent, planned), "none fits, or they conflict")
     drafts = [draft for draft in planned if consistent(draft)]
     keep(folder, "constraints", [finished(draft) for draft in drafts])
 
     # Instruction, expert answer, filters: the same whoever answers.
     drafts = merge(drafts, ask, funnel)
+    keep(folder, "instruction", [finished(draft) for draft in drafts])
     drafts = add_experts(drafts, ask, cfg, funnel)
     keep(folder, "expert", [finished(draft) for draft in drafts])
     drafts = apply_filters(drafts, ask, folder, funnel)
     if rank:
         return
     if cfg.dry_run:
-        return show_steps(folder, planned)
+        show_steps(folder, seeds)
+        return print(report(funnel, {split: [] for split in SPLITS}, spent).partition("## Files")[0])
 
     records, listed = [finished(draft) for draft in drafts], len(hits)
     clean = drop_contaminated(records, known, hits)
+    math = math_records(cfg.math or str(data_dir / "arithmetic.jsonl")) if cfg.math_ratio else []
     if known:
         funnel["contamination"].update({"kept": len(clean), "in a benchmark": len(hits) - listed})
+        math = drop_contaminated(math, known, hits)
         write_jsonl(folder / "contaminated.jsonl", hits)
     files = {split: [record for record in clean if record["split"] == split] for split in SPLITS}
-    if cfg.llm:  # as in the paper, GRPO's prompts are those of the experts
+    if not files["rl"]:  # as in the paper, GRPO's prompts are then those of the experts
         files["rl"] = [{k: v for k, v in r.items() if k != "expert"} | {"split": "rl"} for r in files["train"]]
     rng = random.Random(cfg.seed)
-    mix_in_math(files, cfg, rng)
+    mix_in_math(files, math, cfg, rng)
     for split in ("train", "rl"):
         rng.shuffle(files[split])
     write_files(folder, files)

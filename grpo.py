@@ -12,12 +12,12 @@ The way of one prompt: record -> prompt ids -> G reasoning + H direct rollouts -
 advantages_PG -> micro-batches -> logp, old, ref -> loss + BC -> optimizer step -> log line and samples file.
 
 What differs from plain GRPO:
-1. H direct rollouts a prompt, with an empty thought, are scored but not trained on (superior_cot_mask, Eq. 7): a prompt on
-   which every reasoning rollout is worse than every direct one leaves the update and its count.
+1. H direct rollouts a prompt, with an empty thought, are scored but not trained on (superior_cot_mask, Eq. 7): a prompt
+   on which every reasoning rollout is worse than every direct one leaves the update and its count.
 2. Expert answers are cloned in every update (cloning_backward, Eq. 8).
 3. There is no entropy bonus, no critic, no discounting (γ = 1), no KL inside the reward.
-What differs from the released code: rewards score the answer, not the label; direct rollouts get their real score, so the
-rule can fire; mean and std are those of the reasoning rollouts alone; skipped prompts contribute nothing; cloning
+What differs from the released code: rewards score the answer, not the label; direct rollouts get their real score, so
+the rule can fire; mean and std are those of the reasoning rollouts alone; skipped prompts contribute nothing; cloning
 trains on answer tokens alone; a truncated rollout is flagged, its last token is not overwritten.
 """
 

@@ -435,7 +435,7 @@ def prompt_text(name: str, **slots) -> str:
 
 
 def render_prompt(tokenizer, messages, mode: str, family: str = "cold", language: str = "en") -> Prompt:
-    """Render a conversation for one of the prompt modes of method.md section 2.
+    """Render a conversation for one of the prompt modes.
 
     io: the plain request. cot: a trigger asks to think first (system message, or in front of the first user turn for
     templates without that role) and the turn is opened with `<think>`. direct: the same with an empty, closed thought.
@@ -1102,7 +1102,7 @@ class Endpoint:
             except (OpenAIError, ValueError) as error:
                 status = getattr(error, "status_code", None)
                 if self.skip_refused and status in (400, 422):
-                    blank = {"token_ids": [], "text": "", "finish_reason": "refused"}
+                    blank = {"token_ids": [], "text": "", "finish_reason": "refused", "reasoning": str(error)[:500]}
                     return {"choices": [blank] * request["n"]}
                 if status is not None and status not in (408, 409, 429) and status < 500:
                     raise InputError(f"{self.base_url}: {self.model} refused the request ({error}); check the model "
@@ -1125,7 +1125,7 @@ class Endpoint:
             content = choice.logprobs.content if choice.logprobs else None
             choices.append({
                 "token_ids": [],  # chat servers send text
-                "text": choice.message.content or "",
+                "text": (choice.message.content or "").encode(errors="replace").decode(),  # half an emoji is no UTF-8
                 "finish_reason": "length" if choice.finish_reason == "length" else "stop",
                 "logprobs": [token.logprob for token in content] if content else None,
                 "top_logprobs": [{top.token: top.logprob for top in token.top_logprobs} for token in content]
@@ -1147,8 +1147,8 @@ class LocalChat:
 
     CHUNK = 64  # conversations
 
-    def __init__(self, name: str, *, precision: str = "auto", cache: str | Path | None = None, progress: str = ""):
-        self.name, self.precision, self.progress = name, precision, progress
+    def __init__(self, name: str, *, precision: str = "auto", cache: str | Path | None = None):
+        self.name, self.precision, self.progress = name, precision, ""  # the label of a progress bar; none without
         self.cache = Path(cache) if cache else None
         self.tokens = {"prompt_tokens": 0, "completion_tokens": 0}  # of all replies so far, stored ones included
         self.engine = None
@@ -1163,7 +1163,8 @@ class LocalChat:
         for reply in replies:
             for name in self.tokens:
                 self.tokens[name] += reply["usage"][name]
-        return [[Completion([], *choice) for choice in reply["choices"]] for reply in replies]
+        return [[Completion([], text, ended, reasoning=why) for text, ended, why in reply["choices"]]
+                for reply in replies]
 
     def _chunk(self, conversations, settings: dict) -> list[dict]:
         key = hashlib.sha256(json.dumps([self.name, self.precision, settings, conversations]).encode()).hexdigest()
@@ -1182,11 +1183,12 @@ class LocalChat:
         groups = self.engine.generate(
             [prompts[i] for i in fitting], n=settings["n"], max_tokens=settings["max_tokens"], stop=settings["stop"],
             temperature=settings["temperature"], seeds=seeds)
-        replies = [{"choices": [("", "refused")] * settings["n"], "usage": dict.fromkeys(self.tokens, 0)}
-                   for _ in conversations]
+        replies = [{"choices": [("", "refused", f"prompt of {len(ids)} tokens: with --max-tokens "
+                                 f"{settings['max_tokens']} over the model's limit")] * settings["n"],
+                    "usage": dict.fromkeys(self.tokens, 0)} for ids in prompts]
         for i, group in zip(fitting, groups, strict=True):
             written = sum(len(completion.token_ids) for completion in group)
-            replies[i] = {"choices": [(completion.text, completion.finish_reason) for completion in group],
+            replies[i] = {"choices": [(completion.text, completion.finish_reason, "") for completion in group],
                           "usage": {"prompt_tokens": len(prompts[i]), "completion_tokens": written}}
         if stored:
             write_atomic(stored, json.dumps(replies, ensure_ascii=False))

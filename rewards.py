@@ -55,7 +55,10 @@ def json_lines(path):
         raise InputError(f"{path}: is empty; it needs one JSON object a line")
     for number, line in enumerate(lines, 1):
         try:
-            yield number, json.loads(line)
+            value = json.loads(line)
+            if "\\ud" in line.lower():
+                json.dumps(value, ensure_ascii=False).encode()  # half an emoji could not be written again
+            yield number, value
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}:{number}: is not JSON ({error}); write one object a line") from None
 
@@ -80,7 +83,7 @@ def read_records(path) -> list[dict]:
 
 
 def validate_record(record) -> None:
-    """Raise InputError `field 'X': what is wrong; remedy` for a record that design.md section 4 does not allow."""
+    """Raise InputError `field 'X': what is wrong; remedy` for a record that is not of the form in the README."""
 
     def need(ok, name, wrong, remedy):
         if not ok:

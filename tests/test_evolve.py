@@ -150,10 +150,11 @@ def test_a_recorded_row_goes_through_the_checks_of_any_reply(tmp_path):
     conflict["constraints"] = [code | {"id": f"change_case:english_{case}"} for case in ("capital", "lowercase")]
     wrong["constraints"] = [code | {"id": "keywords:last_word", "kwargs": {"word": "zebra"}}]
     untagged["expert"] = "An answer without any thought."
-    witness["witness"] = ""
+    witness["witness"] = "x"
     funnel = recorded(tmp_path, [good, conflict, wrong, untagged, prompt, witness], "--math-ratio", "0")
     assert funnel["constraints"]["none fits, or they conflict"] == 1
-    assert funnel["expert"]["no answer passed the code checks"] == 2
+    assert funnel["expert"]["no answer passed the code checks"] == 1
+    assert funnel["expert"]["no reply with thought and answer"] == 1
     assert funnel["expert"]["its witness fails the checks"] == 1
     kept = {split: [r["id"] for r in read_records(tmp_path / "out" / f"{split}.jsonl")] for split in ("train", "rl")}
     assert kept == {"train": [good["id"]], "rl": [prompt["id"]]}
@@ -199,17 +200,69 @@ def test_the_lesson_preset_of_every_stage_reads_what_the_one_before_writes(tmp_p
     assert len({c["id"] for r in read_records(tmp_path / "train.jsonl") for c in r["constraints"]}) == 4
 
 
+def test_rows_of_ones_own_need_no_split_and_reach_every_stage(tmp_path):
+    rows = [{k: v for k, v in row.items() if k != "split"} for row in FILES["teacher"][:6]]
+    rows[0]["expert"] = None  # a prompt alone
+    rows[1]["messages"] = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."},
+                           *rows[1]["messages"]]
+    del rows[2]["language"]
+    recorded(tmp_path, rows, "--math-ratio", "0")
+    files = {split: read_records(tmp_path / "out" / f"{split}.jsonl") for split in ("train", "rl")}
+    assert [r["id"] for r in files["rl"]] == [rows[0]["id"]]  # there is nothing to clone in it
+    assert sorted(r["id"] for r in files["train"]) == sorted(r["id"] for r in rows[1:])
+    assert next(r for r in files["train"] if r["id"] == rows[1]["id"])["messages"] == rows[1]["messages"]
+    recorded(tmp_path, rows[1:], "--math-ratio", "0")  # without prompts of its own RL takes those of the experts
+    again = read_records(tmp_path / "out" / "rl.jsonl")
+    assert len(again) == 5 and not any("expert" in r for r in again)
+
+
+def test_what_an_earlier_run_left_does_not_pass_for_this_ones(tmp_path):
+    recorded(tmp_path, FILES["teacher"][:4] + FILES["dev"][:2])
+    assert (tmp_path / "out" / "dev.jsonl").exists()
+    (tmp_path / "out" / "steps" / "0-x.jsonl.1.2.tmp").write_text("{")
+    recorded(tmp_path, FILES["teacher"][:4])
+    assert not (tmp_path / "out" / "dev.jsonl").exists()
+    assert (tmp_path / "out" / "steps" / "0-constraints.jsonl").exists()
+
+
+def test_half_an_emoji_is_an_error_in_a_file_and_unusable_in_a_reply(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(FILES["teacher"][0] | {"request": "Tea \ud83d"}) + "\n")
+    with pytest.raises(InputError, match="rows.jsonl:1: is not JSON"):
+        evolve.main(["--recorded", str(path), "--out", str(tmp_path / "out")])
+    reply = evolve.Completion([], '{"instruction": "Write of tea \\ud83d please"}', "stop")
+    assert evolve.read_json(reply, "instruction") is None
+
+
+@pytest.mark.parametrize("text, word", [("True.", "true"), ("It is true", "true"), ("Not true.", None), ("maybe", None),
+                                        ("false, as true things go", "false"), ("true or false?", "true")])
+def test_the_word_of_a_verdict(text, word):
+    assert evolve.read_word(evolve.Completion([], text, "stop"), "true|false") == word
+
+
+def test_a_record_file_as_requests_keeps_their_side(tmp_path):
+    seeds = seeds_of(evolve.Config(seeds=write(tmp_path / "h.jsonl", FILES["heldout"][:9])))
+    assert {evolve.split_of(seed["id"]) for seed in seeds} == {"heldout"}
+    assert {seed["text"] for seed in seeds} == {row["request"] for row in FILES["heldout"][:9]}
+    with pytest.raises(InputError, match="is no math record"):
+        evolve.math_records(write(tmp_path / "h.jsonl", FILES["heldout"][:9]))
+
+
 def test_two_recorded_rows_of_one_id_and_an_unknown_split_are_named(tmp_path):
     row = FILES["teacher"][0]
     with pytest.raises(InputError, match=":2: field 'id'"):
         recorded(tmp_path, [row, row])
-    with pytest.raises(InputError, match="'split': 'test'"):
-        recorded(tmp_path, [row | {"split": "test"}])
+    for wrong, message in [({"split": "test"}, "'split': 'test'"), ({"witness": 5}, "'witness': is not a text"),
+                           ({"condition": 3}, "'condition'"), ({"task": "math", "answer": "3"}, "'task': 'math'")]:
+        with pytest.raises(InputError, match=f"rows.jsonl: record 't-0000': field {message}"):
+            recorded(tmp_path, [row | wrong])
 
 
 @pytest.mark.parametrize("given, message", [
     (["--seeds", "mine.jsonl"], "--llm NAME@URL .* --llm NAME .*--recorded FILE"), (["--expert", "a"], "--llm"),
-    (["--judge", "a"], "--llm"), (["--recorded", "a", "--llm", "b"], "give one"),
+    (["--judge", "a"], "--llm"), (["--recorded", "a", "--llm", "b"], "give one"), (["--limit", "-2"], "at least 0"),
+    (["--tries", "0"], "at least 1"), (["--judge-share", "2"], "from 0 to 1"),
+    (["--raif", "a", "--dry-run", "2"], "--raif: only turns files"),
 ])
 def test_flags_that_need_each_other(given, message, tmp_path):
     with pytest.raises(InputError, match=message):
@@ -230,7 +283,7 @@ def test_an_empty_outcome_is_a_clear_message(tmp_path):
     row = FILES["teacher"][0] | {"expert": "no tags"}
     with pytest.raises(InputError, match="none came through; the funnel in .*report.md"):
         recorded(tmp_path, [row])
-    assert "no answer passed the code checks" in (tmp_path / "out" / "report.md").read_text("utf-8")
+    assert "no reply with thought and answer 1" in (tmp_path / "out" / "report.md").read_text("utf-8")
 
 
 # ---------------------------------------------------------------- requests
@@ -336,7 +389,8 @@ def test_a_data_set_of_the_hub_is_streamed(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     seeds = seeds_of(evolve.Config(seeds="someone/chats", rows=3))
-    assert [seed["id"] for seed in seeds] == ["chats-1", "chats-2", "chats-3"]
+    assert [seed["text"] for seed in seeds] == [f"What is the name of star {i}?" for i in range(3)]
+    assert len({seed["id"] for seed in seeds}) == 3 and all(seed["id"].startswith("chats-") for seed in seeds)
     with pytest.raises(InputError, match="neither a file nor a data set"):
         seeds_of(evolve.Config(seeds="someone/else"))
 
@@ -397,7 +451,7 @@ def test_math_rows(tmp_path):
 
 
 def test_released_raif_files(tmp_path):
-    """Rows invented after the description of the formats (method.md section 6)."""
+    """Rows invented after the description of the formats in the README."""
     def qwen(text):
         turns = [("system", "Think first."), ("user", text)]
         shown = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
@@ -443,7 +497,7 @@ def test_dry_run_prints_the_steps_and_leaves_the_files_alone(tmp_path, capsys):
     evolve.main(["--recorded", path, "--dry-run", "3", "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert printed.count("=" * 100) == 3
-    for step in ("[0-constraints]", "[1-expert]", "-filter-unsafe]"):
+    for step in ("[0-constraints]", "[1-instruction]", "[2-expert]", "-filter-unsafe]"):
         assert printed.count(step) == 3
     assert not list((tmp_path / "out").rglob("train.jsonl"))
     assert len(read_jsonl(tmp_path / "out" / "dry-run" / "steps" / "0-constraints.jsonl")) == 3

@@ -238,8 +238,8 @@ def test_a_merge_that_loses_a_part_is_repeated_then_dropped():
     funnel = defaultdict(Counter)
     records = finish(drafts, asks(answer), funnel)
     assert [record["id"] for record in records] == ["s0", "s1"]
-    assert funnel["parts"] == {"kept": 3, "parts not rewritten": 0, "condition not as meant": 0}
-    assert funnel["comparison"] == {"kept": 2, "parts lost or added in merging": 1}
+    assert funnel["parts"] == {"kept": 3, "parts not rewritten": 0, "condition not as meant, or no verdict": 0}
+    assert funnel["comparison"] == {"kept": 2, "parts lost or added, or no verdict": 1}
     assert [turns["merge", turn] for turn in range(3)] == [3, 2, 1]
     model = exemplar("chain")["parts"]
     for name in ("depends_on", "active", "dimension"):
@@ -260,7 +260,7 @@ def test_a_condition_that_is_not_as_meant_drops_the_record(composition):
 
     funnel = defaultdict(Counter)
     [record] = finish(drafts, asks(answer), funnel)
-    assert funnel["parts"]["condition not as meant"] == 1
+    assert funnel["parts"]["condition not as meant, or no verdict"] == 1
     assert record["condition"]["holds"] is example["condition"]["holds"]
     assert ("inner" in record["condition"]) == (composition == "nested")
     assert [c["active"] for c in record["constraints"]] == [part["active"] for part in example["parts"]]
@@ -311,10 +311,10 @@ def test_the_shortest_answer_that_passes_code_and_judge_is_kept():
     cfg, counts = evolve.Config(llm="any", tries=4), funnel["expert"]
     [kept] = evolve.add_experts([record], asks(answer), cfg, funnel)
     assert parse_response(kept["expert"]).answer == "Tea is a warm drink." and counts["kept"] == 1
-    assert funnel["judge questions"] == {"no": 1, "kept": 1}
+    assert funnel["judge questions"] == {"no, or unreadable": 1, "kept": 1}
     assert len(asked) == 2 and not any("sad" in prompt for prompt in asked)  # the longest is never judged
     assert evolve.add_experts([record], asks(lambda step, *_: "no tags at all"), cfg, funnel) == []
-    assert counts["no answer passed the code checks"] == 1
+    assert counts["no reply with thought and answer"] == 1
 
 
 @pytest.mark.parametrize("text, reasoning, expected", [
