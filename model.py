@@ -1225,23 +1225,23 @@ def make_judge(name: str, *, precision: str = "auto", cache: str | Path | None =
 # ---------------------------------------------------------------- the plan of a run
 
 
-def training_plan(model, *, dtype, shard=False, offload="none", checkpointing=False, reference=False, engine="none",
+def training_plan(model, *, dtype, parts=1, shard=False, offload="none", checkpointing=False, reference=False, engine="none",
                   engine_share=0.4, micro_tokens=1024, rollout_tokens=0, trained_tokens=0) -> str:
     """Estimated memory and time of a GPU (or of the machine) before anything is started, as readable text.
 
-    rollout_tokens, trained_tokens: of one optimizer batch over all ranks, taken at their limits, so that the time is an
+    parts: how many gradients an update adds up. rollout_tokens, trained_tokens: of one optimizer batch over all ranks, taken at their limits, so that the time is an
     upper bound. It assumes half of the speed of a large matrix product and of a large copy, measured here (a decoding
     step of 64 rows waits for one or the other).
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     count = sum(parameter.numel() for parameter in model.parameters())
-    config, where, parts = model.config, device(), world if shard else 1
+    config, where, shards = model.config, device(), world if shard else 1
     on_gpu = torch.cuda.is_available()
     width = config.hidden_size + config.intermediate_size  # activations kept for backward: some 10 + 3 vectors a layer
     kept = 2 * config.hidden_size if checkpointing else 10 * config.hidden_size + 3 * width
     sizes = {  # bytes
-        "weights, gradients, Adam (float32)": 0 if offload == "all" and on_gpu else 16 * count / parts,
-        "reference": 0 if not reference or (offload != "none" and on_gpu) else 4 * count / parts,
+        "weights, gradients, Adam (float32)": 0 if offload == "all" and on_gpu else (12 + 4 * parts) * count / shards,
+        "reference": 0 if not reference or (offload != "none" and on_gpu) else 4 * count / shards,
         "rollout weights": 2 * count if engine == "hf" else 0,
         "activations": micro_tokens * config.num_hidden_layers * kept * (2 if dtype == torch.bfloat16 else 4),
         "head": 3 * 4 * 1024 * config.vocab_size,
