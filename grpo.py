@@ -659,7 +659,8 @@ def set_up(cfg: Config, policy, tokenizer, dtype):
     if m.is_main():
         print(m.training_plan(
             policy, dtype=dtype, parts=2 if cfg.bc_coef else 1, shard=cfg.shard, offload=cfg.offload,
-            checkpointing=cfg.activation_checkpointing, reference=cfg.kl_coef > 0, engine=cfg.engine, engine_share=cfg.engine_share, micro_tokens=cfg.micro_tokens,
+            checkpointing=cfg.activation_checkpointing, reference=cfg.kl_coef > 0, engine=cfg.engine,
+            engine_share=cfg.engine_share, micro_tokens=cfg.micro_tokens,
             rollout_tokens=n_rows * cfg.max_new_tokens,
             trained_tokens=(n_rows + cfg.bc_batch * cfg.updates) * cfg.max_new_tokens), file=sys.stderr)
     engine = m.make_engine(cfg.engine, policy, tokenizer, dtype=dtype, own_copy=cfg.shard, source=cfg.model,
