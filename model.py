@@ -1225,8 +1225,8 @@ def make_judge(name: str, *, precision: str = "auto", cache: str | Path | None =
 # ---------------------------------------------------------------- the plan of a run
 
 
-def training_plan(model, *, dtype, parts=1, shard=False, offload="none", checkpointing=False, reference=False, engine="none",
-                  engine_share=0.4, micro_tokens=1024, rollout_tokens=0, trained_tokens=0) -> str:
+def training_plan(model, *, dtype, parts=1, shard=False, offload="none", checkpointing=False, reference=False,
+                  engine="none", engine_share=0.4, micro_tokens=1024, rollout_tokens=0, trained_tokens=0) -> str:
     """Estimated memory and time of a GPU (or of the machine) before anything is started, as readable text.
 
     parts: how many gradients an update adds up. rollout_tokens, trained_tokens: of one optimizer batch over all ranks, taken at their limits, so that the time is an
