@@ -40,34 +40,15 @@ from model import (
     open_run,
     parse_flags,
     prompt_text,
-    pyplot,
     read_jsonl,
     sum_over_ranks,
     write_atomic,
     write_jsonl,
 )
-from rewards import CONSTRAINTS, InputError
+from rewards import CONSTRAINTS, InputError, filled
 
-OOD_TYPES = (  # never drawn for training: what is learned about the other types has to carry over to these
-    "content:acrostic",
-    "content:iso_dates",
-    "content:questions_only",
-    "format:checklist",
-    "format:code_block",
-    "format:csv",
-    "format:headings",
-    "format:json_keys",
-    "format:numbered_list",
-    "format:table",
-    "keywords:first_word",
-    "keywords:forbidden_letter",
-    "keywords:in_sentence",
-    "keywords:last_word",
-    "keywords:order",
-    "keywords:proximity",
-    "length:lines",
-    "length:words_per_sentence",
-)
+# Never drawn for training: what is learned about the other types has to carry over to these.
+OOD_TYPES = tuple(name for name, constraint in CONSTRAINTS.items() if constraint.ood)
 COMPOSITIONS = ("and", "chain", "selection", "nested")
 COUNT_WEIGHTS = (0.3, 0.3, 0.2, 0.1, 0.1)  # of code-verified instructions with 1, 2, 3, 4 and 5 constraints
 SPLITS = ("train", "rl", "dev", "heldout")
@@ -112,10 +93,6 @@ PRESETS = {
 
 
 # ---------------------------------------------------------------- step 1: requests
-
-
-def filled(value) -> bool:
-    return isinstance(value, str) and value.strip() != ""
 
 
 def rows_of(source: str):
@@ -1078,7 +1055,7 @@ def write_files(folder: Path, files: dict[str, list[dict]]) -> None:
 
 def remove_earlier(folder: Path) -> None:
     """What an earlier run has left, but for its finished calls: nothing of it may pass for this run's."""
-    names = [f"{split}.jsonl" for split in SPLITS] + ["report.md", "metrics.jsonl", "lengths.png", "contaminated.jsonl"]
+    names = [f"{split}.jsonl" for split in SPLITS] + ["report.md", "metrics.jsonl", "contaminated.jsonl"]
     for path in [*(folder / name for name in names), *(folder / "steps").glob("*")]:
         path.unlink(missing_ok=True)
 
@@ -1108,7 +1085,7 @@ def report(funnel, files: dict[str, list[dict]], spent) -> str:
         with_n = ", ".join(str(sizes[n]) for n in range(1, max(sizes, default=0) + 1))
         rows.append((split, len(records), with_n, *words))
     header = ("file", "instructions", "with 1, 2, 3 … constraints", "words: instruction", "thought", "answer")
-    lines += [markdown_table(header, rows), "![lengths](lengths.png)\n"]
+    lines += [markdown_table(header, rows)]
     if spent:
         numbers = ("calls", "refused", "cut", "prompt_tokens", "completion_tokens")
         rows = [(step, *(counts[name] for name in numbers)) for step, counts in spent.items()]
@@ -1117,8 +1094,7 @@ def report(funnel, files: dict[str, list[dict]], spent) -> str:
         lines += ["## Tokens\n", markdown_table(header, rows)]
     values = {
         "type": lambda r: {c.get("id", "judge") for c in r["constraints"]},
-        "composition": lambda r: {r.get("composition", "and")},
-        "language": lambda r: {r.get("language", "en")},
+        "composition and language": lambda r: {f"{r.get('composition', 'and')}, {r['language']}"},
     }
     for name, value_of in values.items():
         counts = {split: Counter(x for r in records for x in value_of(r)) for split, records in files.items()}
@@ -1126,20 +1102,6 @@ def report(funnel, files: dict[str, list[dict]], spent) -> str:
         rows = [(value, *(counts[split][value] for split in files)) for value in present]
         lines += [f"## Records per {name}\n", markdown_table((name, *files), rows)]
     return "\n".join(lines)
-
-
-def plot_lengths(path: Path, records: list[dict]) -> None:
-    """Histograms of the words in instructions, thoughts and answers."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3), layout="constrained")
-    for axis, name in zip(axes, ("instruction", "thought", "answer"), strict=True):
-        for language in sorted({record["language"] for record in records}):
-            texts = [parts_of(record)[name] for record in records if record["language"] == language]
-            axis.hist([count_words(text) for text in texts if text], bins=30, alpha=0.6, label=language)
-        axis.set_xlabel(f"words: {name}")
-    axes[0].legend()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def show_steps(folder: Path, drafts: list[dict]) -> None:
@@ -1246,7 +1208,6 @@ def main(argv=None):
         raise InputError(f"{cfg.llm or 'the recorded teacher'}: of {len(planned)} planned records none came through; "
                          f"the funnel in {folder / 'report.md'} shows where they were lost. Tagging, rewriting and "
                          "merging take an instruct model of some billion parameters: give --llm a larger one")
-    plot_lengths(folder / "lengths.png", clean)
 
 
 if __name__ == "__main__":

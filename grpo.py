@@ -61,7 +61,7 @@ class Config:
     drop_zero_variance: bool = False  # leave groups of equal rewards out of the update: no KL from them, other counts
     code_only: bool = False  # leave out judge constraints, and records that have no others
     # the scale: a laptop's values
-    steps: int = 10  # rollout batches
+    steps: int = 6  # rollout batches
     prompts: int = 4  # P, prompts a rollout batch, over all processes
     group: int = 6  # G, reasoning rollouts a prompt (math prompts get group + direct of them)
     direct: int = 2  # H, no-reasoning rollouts an instruction prompt

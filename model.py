@@ -1229,9 +1229,9 @@ def training_plan(model, *, dtype, parts=1, shard=False, offload="none", checkpo
                   engine="none", engine_share=0.4, micro_tokens=1024, rollout_tokens=0, trained_tokens=0) -> str:
     """Estimated memory and time of a GPU (or of the machine) before anything is started, as readable text.
 
-    parts: how many gradients an update adds up. rollout_tokens, trained_tokens: of one optimizer batch over all ranks, taken at their limits, so that the time is an
-    upper bound. It assumes half of the speed of a large matrix product and of a large copy, measured here (a decoding
-    step of 64 rows waits for one or the other).
+    parts: how many gradients an update adds up. rollout_tokens, trained_tokens: of one optimizer batch over all ranks,
+    taken at their limits, so that the time is an upper bound. It assumes half of the speed of a large matrix product
+    and of a large copy, measured here (a decoding step of 64 rows waits for one or the other).
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     count = sum(parameter.numel() for parameter in model.parameters())

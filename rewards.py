@@ -82,15 +82,17 @@ def read_records(path) -> list[dict]:
     return records
 
 
+def filled(value) -> bool:
+    """Is it a text that is not blank?"""
+    return isinstance(value, str) and value.strip() != ""
+
+
 def validate_record(record) -> None:
     """Raise InputError `field 'X': what is wrong; remedy` for a record that is not of the form in the README."""
 
     def need(ok, name, wrong, remedy):
         if not ok:
             raise InputError(f"field {name!r}: {wrong}; {remedy}")
-
-    def filled(value):
-        return isinstance(value, str) and value.strip() != ""
 
     need(isinstance(record, dict), "", "the line is not a JSON object", "write {...}")
     need(filled(record.get("id")), "id", "missing or not a text", "give every record a unique id")
@@ -218,57 +220,22 @@ def _punkt():
 
 
 @lru_cache(maxsize=1)
-def _detector():
-    """Makes langdetect detectors, each seeded on its own (same text, same answer, in any thread). The slow inner steps
-    are written anew, result for result the same: n-grams are remembered by word, probabilities are numpy vectors."""
-    import numpy as np
-    from langdetect.detector import Detector
+def _detectors():
+    """langdetect's factory with a seed of its own: the same text gets the same answer, in any thread."""
     from langdetect.detector_factory import PROFILES_DIRECTORY, DetectorFactory
-    from langdetect.utils.ngram import NGram
 
     factory = DetectorFactory()
     factory.load_profile(PROFILES_DIRECTORY)
     factory.seed = 0
-    known = factory.word_lang_prob_map
-
-    class Normal(dict):  # for str.translate: each character's normal form, worked out once
-        def __missing__(self, code):
-            self[code] = NGram.normalize(chr(code))
-            return self[code]
-
-    normal = Normal()
-
-    @lru_cache(maxsize=50_000)
-    def grams(word: str) -> list[str]:  # a word with the spaces around it; all-capital stretches are left out
-        return [g for i in range(1, len(word)) if not (word[i].isupper() and word[i - 1].isupper())
-                for n in range(1, min(3, i + 1) + 1) if (g := word[i - n + 1: i + 1]) != " " and g in known]
-
-    row = lru_cache(maxsize=50_000)(lambda gram: np.array(known[gram]))
-
-    class Quick(Detector):
-        def _extract_ngrams(self):
-            *words, last = self.text.translate(normal).split(" ")
-            return [g for word in words if word for g in grams(f" {word} ")] + (grams(f" {last}") if last else [])
-
-        def _init_probability(self):
-            return np.full(len(self.langlist), 1.0 / len(self.langlist))
-
-        def _update_lang_prob(self, prob, word, alpha):
-            prob *= alpha / self.BASE_FREQ + row(word)
-
-        def _normalize_prob(self, prob):
-            prob /= sum(prob.tolist())  # in the order of langdetect: numpy's own sum rounds differently
-            return prob.max()
-
-    return lambda: Quick(factory)
+    return factory
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def detect_language(text: str) -> str | None:
     """langdetect's code for the text ("en", "zh-cn", ...), seeded; None where it finds no letters to judge."""
     from langdetect.lang_detect_exception import LangDetectException
 
-    detector = _detector()()
+    detector = _detectors().create()
     detector.append(text)
     try:
         return detector.detect()
@@ -874,7 +841,7 @@ def check_loose(constraint_id: str, kwargs: dict, response: str, *, prompt: str 
 
 @lru_cache(maxsize=1)
 def _phrases() -> dict:
-    """data/phrases.json: `empty_thoughts` (see is_placeholder), and per language the `words` to draw from."""
+    """data/phrases.json: `empty_thoughts` (see is_placeholder), `words` to draw, names of `languages`, `values_zh`."""
     return json.loads((DATA / "phrases.json").read_text(encoding="utf-8"))
 
 
@@ -907,6 +874,7 @@ class Constraint:
     id: str
     arguments: dict[str, list]  # name -> [type, what it is drawn from ...]
     languages: list[str]  # of the requests that it suits
+    ood: bool  # held out: never drawn for training
     conflicts: frozenset[str]  # ids never combined with this one, itself included
     wordings: dict[str, list[str]]
     example: dict
@@ -934,8 +902,8 @@ def _load_constraints() -> dict[str, Constraint]:
     tags = {i: {i.split(":")[1], *row["tags"]} for i, row in rows.items()}
     conflicts = {i: frozenset(j for j in rows if tags[i] & tags[j] or tags[i] & set(rows[j]["avoids"])
                               or tags[j] & set(rows[i]["avoids"])) for i in rows}
-    return {i: Constraint(i, row["arguments"], row.get("languages", ["en", "zh"]), conflicts[i], row["wordings"],
-                          row["example"]) for i, row in rows.items()}
+    return {i: Constraint(i, row["arguments"], row.get("languages", ["en", "zh"]), row.get("ood", False), conflicts[i],
+                          row["wordings"], row["example"]) for i, row in rows.items()}
 
 
 CONSTRAINTS: dict[str, Constraint] = _load_constraints()
@@ -945,16 +913,6 @@ def compatible(ids) -> bool:
     """Can these constraint ids be asked for together? (No id twice, no pair in conflict.)"""
     ids = list(ids)
     return not any(b in CONSTRAINTS[a].conflicts for i, a in enumerate(ids) for b in ids[i + 1:])
-
-
-LANGUAGE_NAMES = {  # English and Chinese name
-    "en": "English 英语", "zh": "Chinese 中文", "zh-cn": "Chinese 中文", "zh-tw": "Traditional-Chinese 繁体中文",
-    "ja": "Japanese 日语", "ko": "Korean 韩语", "de": "German 德语", "fr": "French 法语", "es": "Spanish 西班牙语",
-    "ru": "Russian 俄语", "it": "Italian 意大利语", "pt": "Portuguese 葡萄牙语", "ar": "Arabic 阿拉伯语",
-    "hi": "Hindi 印地语",
-}
-VALUES_ZH = {"at least": "至少", "less than": "少于", "at most": "至多", "exactly": "正好",
-             "full": "全角", "half": "半角"}
 
 
 def _join(items: list[str], zh: bool) -> str:
@@ -974,11 +932,11 @@ def render(constraint_id: str, kwargs: dict, language: str, variant: int) -> str
     for name, value in _arguments(constraint_id, kwargs).items():
         if name in ("language", "languages"):
             codes = [value] if name == "language" else value
-            value = _join([LANGUAGE_NAMES.get(code, f"{code} {code}").split()[zh] for code in codes], zh)
+            value = _join([_phrases()["languages"].get(code, [code, code])[zh] for code in codes], zh)
         elif isinstance(value, list | tuple):
             value = _join([f"“{v}”" if zh else f'"{v}"' for v in value], zh)
         elif zh and (name.endswith("relation") or name == "style"):
-            value = VALUES_ZH[value]
+            value = _phrases()["values_zh"][value]
         shown[name] = value
     words = r"keyword|word|first|second|first_word"  # single words stand in quotes, as lists of them do
     quoted = "“{\\1}”" if zh else '"{\\1}"'

@@ -54,8 +54,8 @@ def properties(constraint, count):
         text = render(constraint.id, kwargs, language, rng.randrange(6))
         for name, value in values(kwargs):
             if name in ("language", "languages"):
-                value = rewards.LANGUAGE_NAMES[value].split()[language == "zh"]
-            shown = rewards.VALUES_ZH.get(value, value) if language == "zh" else value
+                value = rewards._phrases()["languages"][value][language == "zh"]
+            shown = rewards._phrases()["values_zh"].get(value, value) if language == "zh" else value
             assert str(shown) in text, (name, value, text)
         words = [value for name, value in values(kwargs) if constraint.arguments[name] in (["text"], ["words", 1, 3])]
         assert len(words) == len(set(words))  # a word never stands twice in one constraint

@@ -157,7 +157,7 @@ def test_all_steps_with_faults_give_the_same_files_and_a_second_run_asks_nothing
     thoughts = {parse_response(r["expert"]).think for r in records}
     assert len(thoughts) == 2  # from the reasoning field and from the tags
     report = (tmp_path / "calm" / "report.md").read_text("utf-8")
-    for heading in ("filter: unsafe", "Tokens", "| rewrite |", "Records per composition", "| selection |"):
+    for heading in ("filter: unsafe", "Tokens", "| rewrite |", "Records per composition", "| selection, en |"):
         assert heading in report
     calls = [json.loads(line) for line in (tmp_path / "calm" / "calls.jsonl").read_text("utf-8").splitlines()]
     assert len(calls) == Scripted.asked and all(call["used"] for call in calls)
