@@ -1112,10 +1112,7 @@ def show_steps(folder: Path, drafts: list[dict]) -> None:
         print(f"\n{'=' * 100}\n{draft['id']}")
         for step, row in rows:
             if row["id"] == draft["id"]:
-                print(f"\n[{step}]")
-                for name, value in row.items():
-                    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-                    print(f"  {name}: " + text.replace("\n", "\n    "))
+                print(f"\n[{step}]", json.dumps(row, ensure_ascii=False, indent=1).replace("\\n", "\n    "))
 
 
 def check_settings(cfg: Config) -> None:
