@@ -878,7 +878,7 @@ def contradicts_itself(draft: dict) -> bool:
 
 
 def has_unsafe_term(text: str) -> bool:
-    terms = filter(None, (data_dir / "unsafe.txt").read_text("utf-8").split("\n"))
+    terms = (data_dir / "unsafe.txt").read_text("utf-8").splitlines()
     return any(re.search(rf"(?<![a-z]){re.escape(term)}(?![a-z])", text.lower()) for term in terms)
 
 
