@@ -490,7 +490,7 @@ def test_sft_sharded_equals_one_process(tiny, toy_data, tmp_path):
     for a, b in zip(one, two, strict=True):
         assert a["loss/train"] == pytest.approx(b["loss/train"], rel=1e-4)
         assert a["loss/grad_norm"] == pytest.approx(b["loss/grad_norm"], rel=1e-3)
-    assert one[-1]["val_loss"] == pytest.approx(two[-1]["val_loss"], rel=1e-4)
+    assert one[-1]["loss/val"] == pytest.approx(two[-1]["loss/val"], rel=1e-4)
 
 
 @pytest.mark.slow
