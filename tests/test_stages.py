@@ -87,7 +87,7 @@ def test_a_short_run_of_the_real_model(tmp_path):
     losses = [row["loss/train"] for row in m.read_jsonl(tmp_path / "sft/metrics.jsonl")]
     assert losses[-1] < losses[0]
     run_stage("grpo.py", "--records", m.data_dir / "rl.jsonl", "--model", tmp_path / "sft/model", "--steps", 1,
-              "--math-ratio", 0, "--prompts", 2, "--max-new-tokens", 32,
+              "--math-ratio", 0, "--prompts", 2, "--max-new-tokens", 32, "--dev-prompts", 2,
               "--bc-batch", 4, "--out", tmp_path / "grpo", **threads)
     row = m.read_jsonl(tmp_path / "grpo/metrics.jsonl")[0]
     assert row["loss/kl"] < 1e-6 and row["loss/clip_share"] == 0  # the first update is on-policy, at the reference
