@@ -1,6 +1,6 @@
 """Stage 3: GRPO with the superior-CoT rule and the behaviour-cloning term (RAIF, arXiv 2506.01413, section 3).
 
-    python grpo.py                                             # SmolLM2-135M from runs/sft/model, about 20 minutes
+    python grpo.py                                             # SmolLM2-135M from runs/sft/model
     torchrun --standalone --nproc-per-node 2 grpo.py           # the same gradient from two processes
     torchrun --nproc-per-node 4 grpo.py --preset paper-1.5b --records FILE
     python grpo.py --resume                                    # go on after a kill: bit for bit the same weights on CPU

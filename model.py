@@ -102,7 +102,7 @@ def yield_to_neighbours() -> None:
 
 
 def metrics_table() -> str:
-    """What each number of metrics.jsonl means, its usual value on a laptop, and when to worry (data/metrics.json)."""
+    """What each number of metrics.jsonl means, what to expect (a judgement from few runs), when to worry."""
     rows = json.loads((data_dir / "metrics.json").read_text("utf-8"))
     return markdown_table(rows[0], [row.values() for row in rows])
 

@@ -1,6 +1,6 @@
 """Stage 2: clone expert answers. Cold start for a small model, and the SFT baseline row of the paper's tables.
 
-    python sft.py                                              # SmolLM2-135M, runs/evolve/train.jsonl, about 6 minutes
+    python sft.py                                              # SmolLM2-135M, runs/evolve/train.jsonl
     torchrun --standalone --nproc-per-node 8 sft.py --preset paper --model Qwen/Qwen2.5-1.5B-Instruct --records FILE
     python sft.py --resume                                     # go on after a kill: bit for bit the same weights on CPU
 
