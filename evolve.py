@@ -34,6 +34,7 @@ from model import (
     data_dir,
     gather_objects,
     init_distributed,
+    judge_prompt,
     launch,
     markdown_table,
     open_chat,
@@ -41,6 +42,7 @@ from model import (
     parse_flags,
     prompt_text,
     read_jsonl,
+    read_verdict,
     sum_over_ranks,
     write_atomic,
     write_jsonl,
@@ -742,7 +744,7 @@ def merge(drafts: list[dict], ask, funnel) -> list[dict]:
         for draft, text in zip(pending, texts, strict=True):  # earlier turns of a recorded conversation stay
             draft["messages"] = [*draft.get("messages", [])[:-1], {"role": "user", "content": text}]
         written = [draft for draft in pending if draft["messages"][-1]["content"]]
-        same = ask("compare", written, write_comparison, lambda draft, reply: rewards.read_verdict(reply))
+        same = ask("compare", written, write_comparison, lambda draft, reply: read_verdict(reply))
         compared |= {draft["id"]: verdict for draft, verdict in zip(written, same, strict=True)}
         pending = [draft for draft in pending if compared.get(draft["id"]) not in (True, NOT_ASKED)]
         if not pending:
@@ -794,8 +796,8 @@ def add_experts(drafts: list[dict], ask, cfg: Config, funnel) -> list[dict]:
 
     def judge(items):
         questions = [{"asked": item, "replies": {}} for item in items]
-        verdicts = ask("judge", questions, lambda question: rewards.judge_prompt(*question["asked"]),
-                       lambda _, reply: rewards.read_verdict(reply), role="judge")
+        verdicts = ask("judge", questions, lambda question: judge_prompt(*question["asked"]),
+                       lambda _, reply: read_verdict(reply), role="judge")
         tally(funnel["judge questions"], verdicts, "no, or unreadable")
         return [verdict in (True, NOT_ASKED) for verdict in verdicts]
 

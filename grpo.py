@@ -3,13 +3,13 @@
     python grpo.py                                             # SmolLM2-135M from runs/sft/model
     torchrun --standalone --nproc-per-node 2 grpo.py           # the same gradient from two processes
     torchrun --nproc-per-node 4 grpo.py --preset paper-1.5b --records FILE
-    python grpo.py --resume                                    # go on after a kill: bit for bit the same weights on CPU
+    python grpo.py --resume                                    # continue a run: bit for bit the same weights on CPU
     python grpo.py --show runs/grpo --step 3 [--id rl-0012]    # one step's rollouts in the terminal, group by group
 
     python grpo.py --help metrics                              # what each number of metrics.jsonl means, when to worry
 
-The way of one prompt: record -> prompt ids -> G reasoning + H direct rollouts -> scores -> rewards_PG, keep_P,
-advantages_PG -> micro-batches -> logp, old, ref -> loss + BC -> optimizer step -> log line and samples file.
+The way of one prompt: record -> prompt ids -> G reasoning + H direct (no-think) rollouts -> scores -> rewards_PG,
+keep_P, advantages_PG -> micro-batches -> logp, old, ref -> loss + BC -> optimizer step -> log line and samples file.
 
 What differs from plain GRPO:
 1. H direct rollouts a prompt, with an empty thought, are scored but not trained on (superior_cot_mask, Eq. 7): a prompt
@@ -21,12 +21,11 @@ the rule can fire; mean and std are those of the reasoning rollouts alone; skipp
 trains on answer tokens alone; a truncated rollout is flagged, its last token is not overwritten.
 """
 
-import argparse
 import math
 import random
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -38,41 +37,51 @@ from rewards import InputError, Score, count_slips, parse_response, read_records
 
 @dataclass
 class Config:
+    # the run
     model: str = "runs/sft/model"  # initial policy and reference policy; the paper's rows start from an instruct model
     records: str = "runs/evolve/rl.jsonl"  # prompts of the rollouts; data/rl.jsonl if evolve.py never ran
     experts: str = ""  # records with expert answers to clone (default: train.jsonl next to --records, else --records)
-    data: Literal["mixed", "complex", "math"] = "mixed"  # which of its records: both at math_ratio, or one kind alone
     out: str = "runs/grpo"  # run folder
-    family: Literal["cold", "warm"] = "cold"  # answer format: think and answer tags, or think tags alone (R1 style)
-    dev: str = ""  # prompts never trained on, for a curve (default: dev.jsonl next to --records, if it is there)
-    dev_prompts: int = 32  # so many of them are answered greedily at the start and at every save; 0 = no curve
-    judge: str = ""  # answers judge questions: NAME (loaded here) or NAME@URL; the paper's: Qwen/Qwen2.5-7B-Instruct
+    steps: int = 6  # rollout batches
+    seed: int = 0  # of data order and sampling
+    resume: bool = False  # continue the run in --out with its own settings
+    force: bool = False  # with --resume: take a changed setting even if it changes the course of the run
+    # scale: a laptop's values
+    prompts: int = 4  # P, prompts a rollout batch, over all processes
+    group: int = 6  # G, reasoning rollouts a prompt (math prompts get group + direct of them)
+    direct: int = 2  # H, direct (no-think) rollouts an instruction prompt
+    updates: int = 1  # optimizer steps a rollout batch; the first is exactly on-policy
+    bc_batch: int = 8  # expert answers an update; the paper has one per reasoning rollout
+    max_new_tokens: int = 200  # response limit
+    temperature: float = 1.0  # sampling temperature; top-p and top-k stay off
+    lr: float = 3e-5  # peak learning rate
     # the objective: the paper's values
     clip_eps: float = 0.2  # ε of the clipped surrogate
     kl_coef: float = 0.001  # weight of the k3 KL to the initial policy; 0 = no reference model
     bc_coef: float = 1.0  # λ of the behaviour-cloning term (Eq. 8); 0 = off
     superior_cot: bool = True  # skip prompts on which every reasoning rollout is worse than every direct one (Eq. 7)
     math_ratio: float = 0.1  # math prompts per instruction prompt (the paper's main runs: 1)
-    # variants; the defaults are the paper's
-    loss: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # weight of a token: 1/its row, 1/all tokens, 1/the length limit
+    # variants of the objective; the defaults are the paper's
+    loss: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # weight of a token: see token_weights
     clip_high: float = 0.0  # ε above 1 (DAPO's clip-higher); 0 = clip_eps
     advantage: Literal["group_norm", "mean_only", "none"] = "group_norm"  # (R − mean) / std, R − mean, or R itself
     reward: Literal["raif", "fraction", "all", "rules_x_judge"] = "raif"  # accuracy part: see rewards.VARIANTS
     drop_zero_variance: bool = False  # leave groups of equal rewards out of the update: no KL from them, other counts
-    code_only: bool = False  # leave out judge constraints, and records that have no others
-    # the scale: a laptop's values
-    steps: int = 6  # rollout batches
-    prompts: int = 4  # P, prompts a rollout batch, over all processes
-    group: int = 6  # G, reasoning rollouts a prompt (math prompts get group + direct of them)
-    direct: int = 2  # H, no-reasoning rollouts an instruction prompt
-    updates: int = 1  # optimizer steps a rollout batch; the first is exactly on-policy
-    bc_batch: int = 8  # expert answers an update; the paper has one per reasoning rollout
-    max_new_tokens: int = 200  # response limit
-    max_prompt_tokens: int = 1024  # longer prompts are left out, and counted
-    temperature: float = 1.0  # sampling temperature; top-p and top-k stay off
-    lr: float = 3e-5  # peak learning rate
+    data: Literal["mixed", "complex", "math"] = "mixed"  # which records: both at math_ratio, or one kind alone
+    # judges and the answer format
+    judge: str = ""  # answers judge questions: NAME (loaded here) or NAME@URL; the paper's: Qwen/Qwen2.5-7B-Instruct
+    code_only: bool = False  # switch off judge constraints, and leave out records that have no others
+    family: Literal["cold", "warm"] = "cold"  # answer format: think and answer tags, or think tags alone (R1 style)
+    # books
+    dev: str = ""  # prompts never trained on, for a curve (default: dev.jsonl next to --records, if it is there)
+    dev_prompts: int = 32  # so many of them are answered greedily at the start and at every save; 0 = no curve
+    save_every: int = 10  # steps between checkpoints
+    keep: int = 1  # checkpoints kept; the model with the best rewards since the save before is kept in RUN/best
+    log: str = ""  # trackers besides metrics.jsonl: tensorboard, wandb, or both with a comma
+    # machine
     warmup: float = 0.03  # share of lr_horizon with linear warm-up
     lr_horizon: int = 0  # optimizer steps until the cosine reaches a tenth of the peak; 0 = twice the run
+    max_prompt_tokens: int = 1024  # longer prompts are left out, and counted
     micro_tokens: int = 1024  # tokens a micro-batch, padding included
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic; master weights are float32
     engine: Literal["hf", "vllm"] = "hf"  # rollout engine; vllm: CUDA only, under torchrun
@@ -80,10 +89,6 @@ class Config:
     shard: bool = False  # FSDP2: weights, gradients and optimizer split over all processes
     offload: Literal["none", "reference", "all"] = "none"  # with --shard: keep reference, or all, in host memory
     activation_checkpointing: bool = False  # compute activations again in the backward pass: less memory, slower
-    save_every: int = 10  # steps between checkpoints
-    keep: int = 1  # checkpoints kept; the model with the best rewards since the save before is kept in RUN/best
-    seed: int = 0  # of data order and sampling
-    resume: bool = False  # continue from RUN/checkpoint
 
 
 # 26K prompts = 812 rollout batches an episode; the cosine's 30-episode horizon (2 updates each) is never reached.
@@ -126,40 +131,52 @@ def superior_cot_mask(reasoning_PG: torch.Tensor, direct_PH: torch.Tensor) -> to
     return reasoning_PG.amax(1) >= direct_PH.amin(1)
 
 
+def token_weights(mask_BT, variant: str, rows: int, tokens: int, limit: int) -> torch.Tensor:
+    """Weight of each token in the loss, (B, T) float64, 0 outside the mask.
+
+    rows, tokens: how many responses and response tokens the whole update has, over all micro-batches and ranks, so that
+    these add up to the same gradient. limit: --max-new-tokens.
+    """
+    length_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1)
+    divisors = {
+        "grpo": rows * length_B1,  # the mean of the rows' token means: every response counts the same
+        "dapo": tokens,  # the mean over all tokens: long responses count more
+        "dr_grpo": rows * limit,  # a constant: no bonus for a short right response or a long wrong one
+    }
+    return mask_BT.double() / divisors[variant]
+
+
 def grpo_loss(logp_BT, old_logp_BT, ref_logp_BT, advantages_B, mask_BT, *, clip_eps=0.2, kl_coef=0.001,
-              normalizer=None, clip_high=None, row_length=None):
+              normalizer=None, clip_high=None, weights_BT=None):
     """Clipped surrogate + k3 KL: the sum over rows of each row's token mean, divided by `normalizer` (None = B).
 
-    mask_BT: True on response tokens. The trainer passes the row count of the whole optimizer step over all ranks, so
-    that micro-batches and ranks add up to the same gradient. A row with an empty mask contributes 0. ref_logp_BT may
-    be None when kl_coef is 0. -> (loss, stats); the stats are normalised like the loss and add up like it.
-    Variants: clip_high, another ε above 1; row_length, what every row's token sum is divided by instead of its length.
+    mask_BT: True on response tokens. A row with an empty mask contributes 0, and whatever stands at masked positions
+    changes nothing. ref_logp_BT may be None when kl_coef is 0. -> (loss, stats); the stats are normalised like the loss
+    and add up like it. Variants: clip_high, another ε above 1; weights_BT, other weights of the tokens (token_weights).
     """
     mask_BT = mask_BT.bool()
-    normalizer = len(logp_BT) if normalizer is None else normalizer
+    if weights_BT is None:
+        weights_BT = token_weights(mask_BT, "grpo", normalizer or len(logp_BT), 0, 0)
+    weights_BT = weights_BT.to(logp_BT.dtype)
     # Masked before anything is exponentiated: exp of garbage is inf, and inf · 0 is NaN in the backward pass.
     log_ratio_BT = torch.where(mask_BT, logp_BT - old_logp_BT.detach(), 0.0)
     advantages_B1 = advantages_B[:, None]
 
-    length_B = row_length or mask_BT.sum(1).clamp(min=1)
-
-    def row_mean_sum(values_BT):
-        return (torch.where(mask_BT, values_BT, 0.0).sum(1) / length_B).sum() / normalizer
-
     # L_policy = −mean_i mean_t min(ρ A, clip(ρ, 1−ε, 1+ε) A), ρ = π_θ / π_old
     ratio_BT = log_ratio_BT.exp()
     clipped_BT = ratio_BT.clamp(1 - clip_eps, 1 + (clip_high or clip_eps))
-    policy_loss = row_mean_sum(-torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1))
+    policy_loss = -(weights_BT * torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)).sum()
 
     # L_KL = mean_i mean_t (exp(−Δ) − 1 + Δ), Δ = log π_θ − log π_ref  (k3: unbiased, never negative)
     kl = torch.zeros_like(policy_loss)
     if kl_coef:
         delta_BT = torch.where(mask_BT, logp_BT - ref_logp_BT.detach(), 0.0)
-        kl = row_mean_sum(torch.exp(-delta_BT) - 1 + delta_BT)
+        kl = (weights_BT * (torch.exp(-delta_BT) - 1 + delta_BT)).sum()
 
     binding_BT = (ratio_BT - clipped_BT) * advantages_B1 > 0  # the clip holds back this token's gradient
-    stats = {"policy_loss": policy_loss.item(), "kl": kl.item(), "clip_share": row_mean_sum(binding_BT.float()).item()}
-    return policy_loss + kl_coef * kl, stats
+    clip_share = (weights_BT * binding_BT).sum()
+    return policy_loss + kl_coef * kl, {"policy_loss": policy_loss.item(), "kl": kl.item(),
+                                        "clip_share": clip_share.item()}
 
 
 # ---------------------------------------------------------------- the update
@@ -170,10 +187,9 @@ class Rollout:
     """One response, from its birth to its line in the samples file."""
 
     mode: str  # "cot": with reasoning, trained on; "direct": with an empty thought, compared with
-    sequence: m.Sequence  # prompt and response; takes advantage and old log-probabilities through the update
+    sequence: m.Sequence  # prompt and response; carries advantage and log-probabilities through the update
     text: str  # the whole assistant turn, what the prompt has opened included
     finish_reason: str  # "stop" or "length"
-    sampled_logp: list[float]  # of each response token by the engine: compared with the trainer's, never trained on
     score: Score | None = None
 
 
@@ -187,139 +203,115 @@ class Group:
     why_not: str = ""  # why it is not trained on ("worse than direct", "zero variance"); empty if it is
 
 
-def filler() -> list[list[m.Sequence]]:
-    """A micro-batch of weight 0, for a rank that has none left (new each time: sequences keep log-probabilities)."""
-    return [[m.Sequence([0, 0], 1)]]
+@dataclass
+class Update:
+    """What one optimizer step trains on: the responses of this rank, and the counts over all ranks."""
+
+    sequences: list[m.Sequence]
+    rows: int
+    tokens: int
 
 
-def policy_backward(policy, reference, sequences: list[m.Sequence], normalizer: int, cfg: Config, dtype) -> Counter:
-    """Accumulate the gradient of L_policy + kl_coef · L_KL over these sequences; returns the summed stats."""
-    totals = Counter()
-    for packs, weight in m.equal_counts(m.micro_batches(sequences, cfg.micro_tokens), filler()):
-        batch, ref_logp_BR = [sequence for pack in packs for sequence in pack], None
-        if reference is not None:
-            with torch.no_grad():
-                ref_logp_BR, _ = m.row_logprobs(reference, packs, dtype, cfg.temperature)
-        logp_BR, mask_BR = m.row_logprobs(policy, packs, dtype, cfg.temperature)
-        if batch[0].old_logp is None:  # the first update of a rollout batch is exactly on-policy
-            keep_logprobs(batch, logp_BR, mask_BR)
-        old_logp_BR = torch.zeros_like(logp_BR)
-        old_logp_BR[mask_BR] = torch.cat([sequence.old_logp for sequence in batch])
-        advantages_B = torch.tensor([s.advantage for s in batch], dtype=logp_BR.dtype, device=logp_BR.device)
-        loss, stats = grpo_loss(logp_BR, old_logp_BR, ref_logp_BR, advantages_B, mask_BR, clip_eps=cfg.clip_eps,
-                                kl_coef=cfg.kl_coef, normalizer=normalizer, clip_high=cfg.clip_high,
-                                row_length={"grpo": None, "dapo": 1, "dr_grpo": cfg.max_new_tokens}[cfg.loss])
-        (weight * loss).backward()
-        lengths = [m.pack_length(pack) for pack in packs]
-        stats |= {"tokens": sum(lengths), "slots": len(lengths) * max(lengths)}
-        totals.update({name: weight * value for name, value in stats.items()})
-    return totals
+def split_into_updates(groups: list[Group], step: int, cfg: Config) -> list[Update]:
+    """The kept responses of all ranks, shuffled alike on every rank and cut into cfg.updates parts.
 
-
-def cloning_backward(policy, experts: list[m.Sequence], normalizer: int, cfg: Config, dtype) -> float:
-    """Accumulate the gradient of λ · mean_i mean_t −log π_θ(ỹ|x̃) (Eq. 8) over expert answers; returns the BC loss."""
-    total = 0.0
-    for packs, weight in m.equal_counts(m.micro_batches(experts, cfg.micro_tokens), filler()):
-        logp_BR, mask_BR = m.row_logprobs(policy, packs, dtype)
-        loss = -weight * (logp_BR.sum(1) / mask_BR.sum(1)).sum() / normalizer
-        (cfg.bc_coef * loss).backward()
-        total += loss.item()
-    return total
-
-
-@torch.no_grad()
-def store_old_logprobs(policy, sequences: list[m.Sequence], cfg: Config, dtype) -> None:
-    """Fill in old_logp: the sampling policy's log-probabilities, needed once the policy moves on."""
-    for packs, _ in m.equal_counts(m.micro_batches(sequences, cfg.micro_tokens), filler()):
-        batch = [sequence for pack in packs for sequence in pack]
-        keep_logprobs(batch, *m.row_logprobs(policy, packs, dtype, cfg.temperature))
-
-
-def keep_logprobs(batch: list[m.Sequence], logp_BR, mask_BR) -> None:
-    for sequence, logp_R, mask_R in zip(batch, logp_BR.detach(), mask_BR, strict=True):
-        sequence.old_logp = logp_R[mask_R]
-
-
-def split_into_updates(groups: list[Group], step: int, cfg: Config) -> list[tuple[list[m.Sequence], int]]:
-    """(this rank's sequences, normalizer) of each update: the kept responses of all ranks, shuffled alike everywhere.
-
-    The normalizer is counted over the whole update and all ranks, so that micro-batches and ranks add up to the same
-    gradient; skipped prompts are in no part and so in no count.
+    Skipped prompts are in no part, and so in no count.
     """
-    own = {(group.record["id"], i): rollout.sequence
-           for group in groups if not group.why_not for i, rollout in enumerate(group.reasoning)}
+    own = {}
+    for group in groups:
+        if not group.why_not:
+            own |= {(group.record["id"], i): made.sequence for i, made in enumerate(group.reasoning)}
     lengths = dict(m.gather_objects([(key, len(sequence.ids) - sequence.start) for key, sequence in own.items()]))
     keys = sorted(lengths)
     random.Random(f"{cfg.seed}/shuffle/{step}").shuffle(keys)
     updates = []
     for u in range(cfg.updates):
         part = keys[u * len(keys) // cfg.updates : (u + 1) * len(keys) // cfg.updates]
-        normalizer = sum(lengths[key] for key in part) if cfg.loss == "dapo" else len(part)
-        updates.append(([own[key] for key in part if key in own], normalizer))
+        tokens = sum(lengths[key] for key in part)
+        updates.append(Update([own[key] for key in part if key in own], len(part), tokens))
     return updates
 
 
-def engine_mismatch(groups: list[Group]) -> dict:
-    """|Δ|, its maximum and KL(engine ‖ trainer) in nats a token, over all ranks; Δ = trainer − engine log-probability.
+def policy_backward(policy, reference, update: Update, cfg: Config, dtype) -> Counter:
+    """Accumulate the gradient of L_policy + kl_coef · L_KL over an update's sequences; returns the summed stats."""
+    totals = Counter()
+    for packs, weight in m.rank_micro_batches(update.sequences, cfg.micro_tokens):
+        batch, ref_logp_BR = [sequence for pack in packs for sequence in pack], None
+        if reference is not None:
+            with torch.no_grad():
+                ref_logp_BR, _ = m.row_logprobs(reference, packs, dtype, cfg.temperature)
+        logp_BR, mask_BR = m.row_logprobs(policy, packs, dtype, cfg.temperature)
+        if batch[0].old_logp is None:  # the first update of a rollout batch is exactly on-policy
+            m.keep_logprobs(packs, logp_BR, mask_BR)
+        old_logp_BR = torch.zeros_like(logp_BR)
+        old_logp_BR[mask_BR] = torch.cat([sequence.old_logp for sequence in batch])
+        advantages_B = torch.tensor([s.advantage for s in batch], dtype=logp_BR.dtype, device=logp_BR.device)
+        weights_BR = token_weights(mask_BR, cfg.loss, update.rows, update.tokens, cfg.max_new_tokens)
+        loss, stats = grpo_loss(logp_BR, old_logp_BR, ref_logp_BR, advantages_B, mask_BR, clip_eps=cfg.clip_eps,
+                                kl_coef=cfg.kl_coef, clip_high=cfg.clip_high, weights_BT=weights_BR)
+        (weight * loss).backward()
+        totals.update({name: weight * value for name, value in stats.items()})
+    return totals
 
-    They differ by arithmetic alone (kernels, bf16); growing figures mean that the engine runs on other weights.
-    """
-    gaps = [rollout.sequence.old_logp.float().cpu() - torch.tensor(rollout.sampled_logp)
-            for group in groups for rollout in group.reasoning if rollout.sequence.old_logp is not None]
-    gap_N = torch.cat(gaps or [torch.zeros(0)])
-    parts = m.gather_objects([(gap_N.abs().sum().item(), gap_N.abs().max().item() if len(gap_N) else 0.0,
-                               (gap_N.exp() - 1 - gap_N).sum().item(), len(gap_N))])
-    total, most, kl, count = zip(*parts, strict=True)
-    return {"rollout/engine_gap": sum(total) / max(1, sum(count)), "rollout/engine_gap_max": max(most),
-            "rollout/engine_kl": sum(kl) / max(1, sum(count))}
+
+def cloning_backward(policy, experts: list[m.Sequence], cfg: Config, dtype) -> Counter:
+    """Accumulate the gradient of λ · mean_i mean_t −log π_θ(ỹ|x̃) (Eq. 8), i over the bc_batch experts of all ranks."""
+    totals = Counter()
+    for packs, weight in m.rank_micro_batches(experts, cfg.micro_tokens):
+        logp_BR, mask_BR = m.row_logprobs(policy, packs, dtype)
+        loss = -weight * (logp_BR.sum(1) / mask_BR.sum(1)).sum() / cfg.bc_batch
+        (cfg.bc_coef * loss).backward()
+        totals["bc_loss"] += loss.item()
+    return totals
+
+
+def store_old_logprobs(policy, updates: list[Update], cfg: Config, dtype) -> None:
+    """Fill in old_logp: the sampling policy's log-probabilities, needed once the policy moves on."""
+    sequences = [sequence for update in updates for sequence in update.sequences]
+    batches = m.rank_micro_batches(sequences, cfg.micro_tokens)
+    m.store_logprobs(policy, [packs for packs, _ in batches], dtype, cfg.temperature)
 
 
 # ---------------------------------------------------------------- data
 
 
-def within_limit(records: list[dict], tokenizer, cfg: Config) -> list[dict]:
-    """The records whose prompt fits --max-prompt-tokens; the others are counted on stderr."""
-    fitting = []
+def render(records: list[dict], tokenizer, cfg: Config) -> list[dict]:
+    """The records with their prompts by mode, record["prompts"]; those over --max-prompt-tokens are left out."""
     for record in records:
-        prompt = m.render_prompt(tokenizer, record["messages"], "cot", cfg.family, record.get("language", "en"))
-        if len(prompt.ids) <= cfg.max_prompt_tokens:
-            fitting.append(record)
-    if len(fitting) < len(records):
-        print(f"{len(records) - len(fitting)} of {len(records)} prompts exceed {cfg.max_prompt_tokens} tokens: "
-              "left out", file=sys.stderr)
-    return fitting
+        record["prompts"] = {mode: m.render_prompt(tokenizer, record["messages"], mode, cfg.family,
+                                                   record.get("language", "en"))
+                             for mode in ("cot", "direct")}
+    return m.keep(records, lambda record: len(record["prompts"]["cot"].ids) <= cfg.max_prompt_tokens,
+                  f"prompts exceed {cfg.max_prompt_tokens} tokens")
+
+
+def code_only(records: list[dict]) -> list[dict]:
+    """The records with their judge constraints switched off; those that have no others are left out."""
+    for record in records:
+        for constraint in record.get("constraints", []):
+            constraint["active"] &= constraint["kind"] == "code"
+    return m.keep(records, lambda r: r["task"] == "math" or any(c["active"] for c in r["constraints"]),
+                  "records have no active code constraint")
 
 
 def load_pools(cfg: Config, tokenizer) -> dict[str, list]:
-    """{"instruction", "math"}: records to roll out, {"expert"}: sequences to clone; what is too long is counted.
+    """{"instruction", "math"}: records to roll out; {"expert"}: sequences to clone; {"dev"}: records of the curve.
 
     Rollouts start from --records. Cloned are the answers of --experts: on a laptop other requests, so that rollouts
-    are about what SFT has not seen; in the paper the same ones.
+    are about what SFT has not seen; in the paper the same ones. Whatever is left out is counted on stderr.
     """
     path = m.records_path(cfg.records, Config.records, "rl")
-    if cfg.experts:
-        expert_path = Path(cfg.experts)
-    else:
-        beside = m.data_dir / "teacher.jsonl" if path.parent == m.data_dir else path.with_name("train.jsonl")
-        expert_path = beside if beside.exists() else path
-    fitting = within_limit(read_records(path), tokenizer, cfg)
+    neighbour = path.with_name("teacher.jsonl" if path.parent == m.data_dir else "train.jsonl")
+    expert_path = Path(cfg.experts or (neighbour if neighbour.exists() else path))
+    records = read_records(path)
     if cfg.code_only:
-        stripped = [code_only(record) for record in fitting]
-        fitting = [record for record in stripped if record["task"] == "math" or record["constraints"]]
-        print(f"--code-only: {len(stripped) - len(fitting)} of {len(stripped)} records have no active code constraint: "
-              "left out", file=sys.stderr)
-    limit = cfg.max_prompt_tokens + cfg.max_new_tokens
-    experts = [record for record in within_limit(read_records(expert_path), tokenizer, cfg) if record.get("expert")]
-    experts = [m.encode_expert(tokenizer, record, cfg.family) for record in experts]
-    short = [sequence for sequence in experts if len(sequence.ids) <= limit]
-    if len(short) < len(experts):
-        print(f"{len(experts) - len(short)} of {len(experts)} experts exceed {limit} tokens: not cloned",
-              file=sys.stderr)
+        records = code_only(records)
+    records = render(records, tokenizer, cfg)
     pools = {
-        "instruction": [record for record in fitting if record["task"] == "instruction" and cfg.data != "math"],
-        "math": [record for record in fitting if record["task"] == "math" and cfg.data != "complex"],
-        "expert": short,  # cloned whatever --data says
-        "dev": load_dev(cfg),
+        "instruction": [record for record in records if record["task"] == "instruction" and cfg.data != "math"],
+        "math": [record for record in records if record["task"] == "math" and cfg.data != "complex"],
+        "expert": m.load_experts(expert_path, tokenizer, cfg.family, cfg.max_prompt_tokens + cfg.max_new_tokens),
+        "dev": load_dev(cfg, path, tokenizer),
     }
     if not pools["instruction"] and cfg.data != "math":
         raise InputError(f"{path}: no instruction record within {cfg.max_prompt_tokens} prompt tokens; run "
@@ -329,7 +321,7 @@ def load_pools(cfg: Config, tokenizer) -> dict[str, list]:
     if judged and not cfg.judge:
         raise InputError(f"{path}: record {judged[0]!r} ({len(judged)} such) has a judge constraint; "
                          "give --judge NAME (loaded here) or NAME@URL (served), or --code-only to leave it out")
-    if not pools["math"] and (cfg.data == "math" or cfg.data == "mixed" and cfg.math_ratio > 0):
+    if not pools["math"] and math_share(cfg) > 0:
         raise InputError(f"{path}: --data {cfg.data}, --math-ratio {cfg.math_ratio} but no record has task 'math'; add "
                          "math records (python evolve.py does) or give --math-ratio 0")
     if cfg.bc_coef > 0 and not pools["expert"]:
@@ -338,47 +330,39 @@ def load_pools(cfg: Config, tokenizer) -> dict[str, list]:
     return pools
 
 
-def load_dev(cfg: Config) -> list[dict]:
+def load_dev(cfg: Config, records_path: Path, tokenizer) -> list[dict]:
     """--dev-prompts development records at even distances; none where there is no file, and none that need a judge."""
-    records_file = m.records_path(cfg.records, Config.records, "rl")
-    path = Path(cfg.dev) if cfg.dev else records_file.with_name("dev.jsonl")
-    if not cfg.dev_prompts or not (cfg.dev or path.exists()):
+    path = Path(cfg.dev or records_path.with_name("dev.jsonl"))
+    if cfg.dev_prompts == 0 or not (cfg.dev or path.exists()):
         return []
-    usable = [record for record in map(code_only, read_records(path))
-              if record["task"] == "instruction" and record["constraints"]]
-    count = min(cfg.dev_prompts, len(usable))
-    return [usable[i * len(usable) // count] for i in range(count)]
+    usable = [record for record in code_only(read_records(path)) if record["task"] == "instruction"]
+    stride = max(1, len(usable) // cfg.dev_prompts)
+    return render(usable[::stride][: cfg.dev_prompts], tokenizer, cfg)
 
 
-def code_only(record: dict) -> dict:
-    """The record without its judge constraints; `depends_on` counts anew, and through a judged one to what it needs."""
-    if record["task"] == "math":
-        return record
-    kept, number, needs = [], {}, []
-    for i, c in enumerate(record["constraints"]):
-        needs.append({k for j in c["depends_on"] for k in ([j] if j in number else needs[j])})
-        if c["kind"] == "code":
-            number[i] = len(kept)
-            kept.append({**c, "depends_on": sorted(number[j] for j in needs[i])})
-    return {**record, "constraints": kept if any(c["active"] for c in kept) else []}
-
-
-def draw(pool: list[dict], name: str, start: int, count: int, seed: int) -> list[dict]:
+def draw(pool: list, name: str, start: int, count: int, seed: int) -> list:
     """Items start … start + count of an endless stream that passes through the pool in a new order each time."""
-    if count == 0:
-        return []
-    orders = {turn: random.Random(f"{seed}/{name}/{turn}").sample(range(len(pool)), len(pool))
-              for turn in range(start // len(pool), (start + count - 1) // len(pool) + 1)}
-    return [pool[orders[i // len(pool)][i % len(pool)]] for i in range(start, start + count)]
+    items, orders = [], {}  # orders: the pool as it is passed through in each turn
+    for i in range(start, start + count):
+        turn, place = divmod(i, len(pool))
+        if turn not in orders:
+            orders[turn] = random.Random(f"{seed}/{name}/{turn}").sample(pool, len(pool))
+        items.append(orders[turn][place])
+    return items
+
+
+def math_share(cfg: Config) -> float:
+    """Share of math among the prompts."""
+    return {"mixed": cfg.math_ratio / (1 + cfg.math_ratio), "complex": 0.0, "math": 1.0}[cfg.data]
 
 
 def prompts_of_step(pools, step: int, cfg: Config) -> list[dict]:
     """The P records of a step, a function of (seed, step): resuming needs no cursor. Math comes at its ratio."""
-    math_share = {"mixed": cfg.math_ratio / (1 + cfg.math_ratio), "complex": 0.0, "math": 1.0}[cfg.data]
-    math_before, math_after = (math.floor(s * cfg.prompts * math_share + 1e-9) for s in (step, step + 1))
-    n_math = math_after - math_before
-    records = draw(pools["instruction"], "instruction", step * cfg.prompts - math_before,
-                   cfg.prompts - n_math, cfg.seed) + draw(pools["math"], "math", math_before, n_math, cfg.seed)
+    math_a_step = cfg.prompts * math_share(cfg)
+    before = math.floor(step * math_a_step + 1e-9)  # math prompts of the steps before
+    n_math = math.floor((step + 1) * math_a_step + 1e-9) - before
+    records = draw(pools["instruction"], "instruction", step * cfg.prompts - before, cfg.prompts - n_math, cfg.seed)
+    records += draw(pools["math"], "math", before, n_math, cfg.seed)
     # A record twice in a step (small pools only) would roll out the same twice: once is enough.
     return list({record["id"]: record for record in records}.values())
 
@@ -391,30 +375,31 @@ def experts_of_update(pools, number: int, cfg: Config) -> list[m.Sequence]:
 # ---------------------------------------------------------------- rollouts and rewards
 
 
-def rollout(engine, tokenizer, records: list[dict], step: int, cfg: Config) -> list[Group]:
-    """G reasoning and H direct rollouts of each record; math has no direct ones, but G + H with reasoning."""
-    wanted = []  # (record, mode, number of rollouts)
-    for record in records:
-        if record["task"] == "math":
-            wanted.append((record, "cot", cfg.group + cfg.direct))
+def rollout(engine, policy, records: list[dict], step: int, cfg: Config) -> list[Group]:
+    """G reasoning and H direct rollouts of each record by the present policy; math has G + H with reasoning."""
+    groups = [Group(record) for record in records]
+    jobs = []  # (where the rollouts go, mode, record, how many)
+    for group in groups:
+        if group.record["task"] == "math":
+            jobs.append((group.reasoning, "cot", group.record, cfg.group + cfg.direct))
         else:
-            wanted += [(record, "cot", cfg.group), (record, "direct", cfg.direct)]
-    wanted = [item for item in wanted if item[2]]
-    prompts = [m.render_prompt(tokenizer, record["messages"], mode, cfg.family, record.get("language", "en"))
-               for record, mode, _ in wanted]
+            jobs.append((group.reasoning, "cot", group.record, cfg.group))
+            if cfg.direct:
+                jobs.append((group.direct, "direct", group.record, cfg.direct))
+    engine.wake()
+    engine.sync(policy)
     completions = engine.generate(
-        [prompt.ids for prompt in prompts], n=[count for _, _, count in wanted], max_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature, stop=(),
-        seeds=[m.record_seed(cfg.seed, step, f"{record['id']}/{mode}") for record, mode, _ in wanted],
+        [record["prompts"][mode].ids for _, mode, record, _ in jobs], n=[count for *_, count in jobs],
+        max_tokens=cfg.max_new_tokens, temperature=cfg.temperature, stop=(),
+        seeds=[m.record_seed(cfg.seed, step, f"{record['id']}/{mode}") for _, mode, record, _ in jobs],
     )
-    groups = {record["id"]: Group(record) for record in records}
-    for (record, mode, _), prompt, several in zip(wanted, prompts, completions, strict=True):
-        group = groups[record["id"]]
+    engine.sleep()
+    for (rollouts, mode, record, _), several in zip(jobs, completions, strict=True):
+        prompt = record["prompts"][mode]
         for c in several:
-            sequence = m.Sequence(prompt.ids + c.token_ids, len(prompt.ids))
-            made = Rollout(mode, sequence, prompt.prefill + c.text, c.finish_reason, c.logprobs)
-            (group.reasoning if mode == "cot" else group.direct).append(made)
-    return list(groups.values())
+            sequence = m.Sequence(prompt.ids + c.token_ids, len(prompt.ids), sampled_logp=c.logprobs)
+            rollouts.append(Rollout(mode, sequence, prompt.prefill + c.text, c.finish_reason))
+    return groups
 
 
 def score_groups(groups: list[Group], judge, cfg: Config) -> None:
@@ -428,13 +413,6 @@ def score_groups(groups: list[Group], judge, cfg: Config) -> None:
             made.score = result
 
 
-ADVANTAGES = {
-    "group_norm": group_advantages,
-    "mean_only": lambda rewards_PG: rewards_PG - rewards_PG.mean(1, keepdim=True),
-    "none": lambda rewards_PG: rewards_PG,
-}
-
-
 def assign_advantages(groups: list[Group], cfg: Config) -> None:
     """Give each reasoning rollout its advantage, and each group that is left out of the update the reason."""
     for task in ("instruction", "math"):  # their groups have different sizes: G + H, and G + H + 0
@@ -445,13 +423,17 @@ def assign_advantages(groups: list[Group], cfg: Config) -> None:
         rewards_PG = torch.tensor([[r.score.total for r in g.reasoning] for g in part], dtype=torch.float64)
         accuracy_PG = torch.tensor([[r.score.accuracy for r in g.reasoning] for g in part], dtype=torch.float64)
         direct_PH = torch.tensor([[r.score.accuracy for r in g.direct] for g in part], dtype=torch.float64)
-        advantages_PG = ADVANTAGES[cfg.advantage](rewards_PG)
+        advantages_PG = {
+            "group_norm": group_advantages(rewards_PG),
+            "mean_only": rewards_PG - rewards_PG.mean(1, keepdim=True),
+            "none": rewards_PG,
+        }[cfg.advantage]
         keep_P = superior_cot_mask(accuracy_PG, direct_PH)
-        flat_P = rewards_PG.amax(1) == rewards_PG.amin(1)
+        zero_variance_P = rewards_PG.amax(1) == rewards_PG.amin(1)
         for p, group in enumerate(part):
             if cfg.superior_cot and not keep_P[p]:
                 group.why_not = "worse than direct"
-            elif cfg.drop_zero_variance and flat_P[p]:
+            elif cfg.drop_zero_variance and zero_variance_P[p]:
                 group.why_not = "zero variance"
             for made, advantage in zip(group.reasoning, advantages_PG[p].tolist(), strict=True):
                 made.sequence.advantage = advantage
@@ -460,64 +442,84 @@ def assign_advantages(groups: list[Group], cfg: Config) -> None:
 # ---------------------------------------------------------------- books
 
 
-def sample_lines(group: Group) -> list[dict]:
-    """The group's rollouts as lines of the samples file, each of which can be read alone.
+def sample_lines(groups: list[Group]) -> list[dict]:
+    """The rollouts of all ranks as lines of the samples file, each of which can be read alone.
 
     Prompt, text, each constraint with its verdict, reward parts, advantage, and whether it was trained on, or why not.
     """
-    record, lines = group.record, []
-    if record["task"] == "math":
-        asked = [f"The result is {record['answer']}."]
-    else:
-        asked = [c.get("text") or c.get("question") or c["id"] for c in record["constraints"] if c["active"]]
-    for made in group.reasoning + group.direct:
-        trained, result = made.mode == "cot", made.score
-        lines.append({
-            "id": record["id"], "task": record["task"], "mode": made.mode, "prompt": record["messages"][-1]["content"],
-            "text": made.text, "finish_reason": made.finish_reason,
-            "constraints": [{"text": text, "met": met} for text, met in zip(asked, result.verdicts, strict=True)],
-            "verdicts": result.verdicts, "guards": result.guards,
-            "format": result.format, "accuracy": result.accuracy, "reward": result.total,
-            "advantage": made.sequence.advantage if trained else None,
-            "kept": trained and not group.why_not, "why": group.why_not if trained else "direct",
-            "token_ids": made.sequence.ids[made.sequence.start :],
-            "nll": -sum(made.sampled_logp),
-        })
-    return lines
+    lines = []
+    for group in groups:
+        record = group.record
+        if record["task"] == "math":
+            requirements = [f"The result is {record['answer']}."]
+        else:
+            requirements = [c.get("text") or c.get("question") or c["id"] for c in record["constraints"] if c["active"]]
+        for made in group.reasoning + group.direct:
+            result, trainable, sampled_logp = made.score, made.mode == "cot", made.sequence.sampled_logp
+            why = group.why_not if trainable else "direct"
+            verdicts = zip(requirements, result.verdicts, strict=True)
+            lines.append({
+                "id": record["id"], "task": record["task"], "mode": made.mode,
+                "prompt": record["messages"][-1]["content"], "text": made.text,
+                "constraints": [{"text": text, "met": met} for text, met in verdicts],
+                "reward": result.total, "format": result.format, "accuracy": result.accuracy,
+                "verdicts": result.verdicts, "guards": result.guards,
+                "all_met": all(result.verdicts), "format_ok": result.format > 0,
+                "truncated": made.finish_reason == "length",
+                "advantage": made.sequence.advantage if trainable else None, "kept": not why, "why": why,
+                "tokens": len(sampled_logp), "nll": -sum(sampled_logp),
+                "token_ids": made.sequence.ids[made.sequence.start :],
+            })
+    return m.gather_objects(lines)
+
+
+def mean(lines: list[dict], name: str) -> float | None:
+    """Mean of a field of sample lines; None where there are none."""
+    if not lines:
+        return None
+    return sum(line[name] for line in lines) / len(lines)
 
 
 def rollout_metrics(lines: list[dict]) -> dict:
     """Reward parts, rates and lengths of a step, from the sample lines of all ranks."""
-
-    def mean(values):
-        values = list(values)
-        return sum(values) / len(values) if values else None
-
     reasoning = [line for line in lines if line["mode"] == "cot"]
-    instructions = [line for line in reasoning if line["task"] == "instruction"]
     direct = [line for line in lines if line["mode"] == "direct"]
-    groups: dict[str, list[dict]] = {}
+    instructions = [line for line in reasoning if line["task"] == "instruction"]
+    math_lines = [line for line in reasoning if line["task"] == "math"]
+    rewards = {}
     for line in reasoning:
-        groups.setdefault(line["id"], []).append(line)
-    tokens = sum(len(line["token_ids"]) for line in reasoning)
+        rewards.setdefault(line["id"], set()).add(line["reward"])
+    prompts = {line["id"] for line in instructions}
+    skipped = {line["id"] for line in instructions if line["why"] == "worse than direct"}
+    tokens = sum(line["tokens"] for line in reasoning)
     return {
-        "reward/mean": mean(line["reward"] for line in reasoning),
-        "reward/format": mean(line["format"] for line in reasoning),
-        "reward/accuracy": mean(line["accuracy"] for line in reasoning),
-        "reward/all_met": mean(all(line["verdicts"]) for line in instructions),
-        "reward/all_met_direct": mean(all(line["verdicts"]) for line in direct),
-        "reward/math_correct": mean(line["accuracy"] == 2 for line in reasoning if line["task"] == "math"),
-        "reward/zero_variance": mean(len({line["reward"] for line in group}) == 1 for group in groups.values()),
-        "rollout/format_ok": mean(line["format"] > 0 for line in reasoning),
-        "rollout/truncated": mean(line["finish_reason"] == "length" for line in reasoning),
-        "rollout/guards": dict(Counter(name for line in reasoning for name in line["guards"])),
-        "rollout/skip_rate": mean(group[0]["why"] == "worse than direct" for group in groups.values()
-                                  if group[0]["task"] == "instruction"),
-        "rollout/skipped_prompts": sum(group[0]["why"] == "worse than direct" for group in groups.values()),
-        "rollout/tokens": tokens / max(1, len(reasoning)),
+        "reward/mean": mean(reasoning, "reward"),
+        "reward/format": mean(reasoning, "format"),
+        "reward/accuracy": mean(reasoning, "accuracy"),
+        "reward/all_met": mean(instructions, "all_met"),
+        "reward/all_met_direct": mean(direct, "all_met"),
+        "reward/math_correct": mean(math_lines, "all_met"),
+        "reward/zero_variance": sum(len(values) == 1 for values in rewards.values()) / max(1, len(rewards)),
+        "rollout/format_ok": mean(reasoning, "format_ok"),
+        "rollout/truncated": mean(reasoning, "truncated"),
+        "rollout/guards": Counter(name for line in reasoning for name in line["guards"]),
+        "rollout/skip_rate": len(skipped) / max(1, len(prompts)),
+        "rollout/skipped_prompts": len(skipped),
+        "rollout/tokens": mean(reasoning, "tokens"),
         "rollout/entropy": sum(line["nll"] for line in reasoning) / max(1, tokens),
         "rollout/direct": len(direct),
     }
+
+
+def update_metrics(totals: Counter, updates: list[Update], cfg: Config) -> dict:
+    """Losses and gradient norms of a step, of all ranks together: means over its updates; its tokens, its failures."""
+    metrics = m.engine_gap([sequence for update in updates for sequence in update.sequences])
+    metrics |= {"loss/tokens": m.sum_over_ranks(totals["trained"]), "loss/nonfinite": totals["nonfinite"]}
+    for name in ("policy_loss", "kl", "clip_share", "bc_loss"):
+        metrics["loss/" + name.removesuffix("_loss")] = m.sum_over_ranks(totals[name]) / cfg.updates
+    for name in ("grad_norm", "grad_norm_policy", "grad_norm_bc"):  # of all ranks already, and of finite updates alone
+        metrics["loss/" + name] = totals[name] / max(1, cfg.updates - totals["nonfinite"])
+    return metrics
 
 
 def dev_metrics(engine, policy, tokenizer, records: list[dict], cfg: Config) -> dict:
@@ -528,111 +530,41 @@ def dev_metrics(engine, policy, tokenizer, records: list[dict], cfg: Config) -> 
     if not records:
         return {}
     rank, world = m.init_distributed()
-    own = records[rank::world]
-    prompts = [m.render_prompt(tokenizer, record["messages"], "cot", cfg.family, record.get("language", "en"))
-               for record in own]
-    engine.wake()
-    engine.sync(policy)
-    completions = engine.generate([prompt.ids for prompt in prompts], n=1, max_tokens=cfg.max_new_tokens,
-                                  temperature=0.0, seeds=[0] * len(own))
-    engine.sleep()
-    texts = [prompt.prefill + several[0].text for prompt, several in zip(prompts, completions, strict=True)]
-    rows = []
-    for record, text, result in zip(own, texts, score(own, texts, family=cfg.family), strict=True):
-        answer = parse_response(text, cfg.family).answer
-        tokens = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
-        rows.append((all(result.verdicts), result.format > 0, count_slips(record, answer), tokens))
-    met, well_formed, slips, tokens = (sum(column) for column in zip(*m.gather_objects(rows), strict=True))
-    return {"dev/all_met": met / len(records), "dev/format_ok": well_formed / len(records),
+    greedy = replace(cfg, group=1, direct=0, temperature=0.0)
+    groups = rollout(engine, policy, records[rank::world], 0, greedy)
+    score_groups(groups, None, greedy)
+    lines, by_id = sample_lines(groups), {record["id"]: record for record in records}
+    answers = [parse_response(line["text"], cfg.family).answer for line in lines]
+    slips = sum(count_slips(by_id[line["id"]], answer) for line, answer in zip(lines, answers, strict=True))
+    tokens = sum(map(len, tokenizer(answers, add_special_tokens=False)["input_ids"]))
+    return {"dev/all_met": mean(lines, "all_met"), "dev/format_ok": mean(lines, "format_ok"),
             "dev/slips": 100 * slips / max(1, tokens)}
-
-
-def loss_metrics(totals: Counter, cfg: Config) -> dict:
-    """Losses, gradient norms and padding of a step: means over its updates, of all ranks together."""
-    summed = {name: m.sum_over_ranks(totals[name]) / cfg.updates
-              for name in ("policy_loss", "kl", "clip_share", "bc_loss", "tokens", "slots", "trained")}
-    return {
-        "loss/policy": summed["policy_loss"],
-        "loss/kl": summed["kl"],
-        "loss/clip_share": summed["clip_share"],
-        "loss/bc": summed["bc_loss"],
-        **{f"loss/{name}": totals[name] / cfg.updates for name in ("grad_norm", "grad_norm_policy", "grad_norm_bc")},
-        "loss/tokens": summed["trained"] * cfg.updates,
-        "loss/padding": 1 - summed["tokens"] / max(1, summed["slots"]),
-    }
-
-
-def warn_if_flat(run: m.Run) -> None:
-    """Every ten steps: is there still a group in which rewards differ?"""
-    if m.is_main():
-        rows = m.read_jsonl(run.folder / "metrics.jsonl")
-        if len(rows) % 10 == 0 and all(row["reward/zero_variance"] == 1 for row in rows[-10:]):
-            run.say("warning: in the last ten steps no reward differed within a group: nothing is learned; look at "
-                    f"{run.folder / 'samples'}: is every answer right, or every one wrong?")
-
-
-def keep_best(run: m.Run, policy, tokenizer, best: float) -> float:
-    """RUN/best is the model with the best mean reward since the save before. All ranks call; returns the best mean."""
-    means = []
-    if m.is_main():
-        rows = m.read_jsonl(run.folder / "metrics.jsonl")
-        rows = rows[(len(rows) - 1) // run.cfg.save_every * run.cfg.save_every :]
-        means = [sum(row["reward/mean"] for row in rows) / len(rows)]
-    mean = m.gather_objects(means)[0]
-    if mean > best:
-        m.write_model(policy, tokenizer, run.folder / "best")
-    return max(best, mean)
 
 
 def report_rule(run: m.Run, cfg: Config) -> None:
     """How often the superior-CoT rule fired; an error if it never could."""
-    if m.is_main():
-        rows = m.read_jsonl(run.folder / "metrics.jsonl")
-        seen, skipped = (sum(row[name] for row in rows) for name in ("rollout/direct", "rollout/skipped_prompts"))
-        print(f"superior-CoT rule: {seen} direct rollouts seen, {skipped} prompts skipped; model in "
-              f"{run.folder / 'model'}", file=sys.stderr)
-        if cfg.superior_cot and seen == 0:
-            raise InputError("the superior-CoT rule never saw a direct rollout: this was not a RAIF run; check that "
-                             "--records holds instruction records, or give --no-superior-cot")
+    direct = sum(row["rollout/direct"] for row in run.history)
+    skipped = sum(row["rollout/skipped_prompts"] for row in run.history)
+    run.say(f"superior-CoT rule: {direct} direct rollouts seen, {skipped} prompts skipped; model in "
+            f"{run.folder / 'model'}")
+    if cfg.superior_cot and direct == 0:
+        raise InputError("the superior-CoT rule never saw a direct rollout: this was not a RAIF run; check that "
+                         "--records holds instruction records, or give --no-superior-cot")
 
 
-def status(metrics: dict, cfg: Config) -> str:
-    """One line of about eight numbers; the rest is in metrics.jsonl."""
-    shown = {name: metrics[name] or 0.0 for name in ("reward/mean", "reward/all_met", "reward/all_met_direct")}
-    line = (f"step {metrics['step']}/{cfg.steps} reward {shown['reward/mean']:+.2f}, all met "
-            f"{shown['reward/all_met']:.2f}, direct {shown['reward/all_met_direct']:.2f}, format "
-            f"{metrics['rollout/format_ok']:.2f}, {metrics['rollout/tokens']:.0f} tokens, kl {metrics['loss/kl']:.4f}, "
-            f"bc {metrics['loss/bc']:.2f}, {metrics['time/rollout'] + metrics['time/update']:.0f} s")
-    if "dev/all_met" in metrics:
-        line += f" | dev all met {metrics['dev/all_met']:.2f}, {metrics['dev/slips']:.2f} slips per 100 tokens"
-    return line
+STATUS = ("step {step} reward {reward/mean:+.2f}, all met {reward/all_met:.2f}, direct {reward/all_met_direct:.2f}, "
+          "format {rollout/format_ok:.2f}, {rollout/tokens:.0f} tokens, kl {loss/kl:.4f}, bc {loss/bc:.2f}, "
+          "{time/rollout:.0f} + {time/update:.0f} s")
+STATUS_DEV = " | dev all met {dev/all_met:.2f}, {dev/slips:.2f} slips per 100 tokens"
 
 
-def show(argv) -> None:
-    """--show RUN --step N [--id ID]: the rollouts of a step from the samples file, group by group."""
-    parser = argparse.ArgumentParser(description=show.__doc__)
-    parser.add_argument("--show", required=True, metavar="RUN")
-    parser.add_argument("--step", type=int, required=True)
-    parser.add_argument("--id", default="")
-    given = parser.parse_args(argv)
-    path = Path(given.show) / "samples" / f"step-{given.step:06d}.jsonl"
-    lines = [line for line in m.read_jsonl(path) if given.id in ("", line["id"])]
-    if not lines:
-        raise InputError(f"{path}: {'no rollout of ' + given.id if path.exists() else 'is not there'}; "
-                         f"{given.show}/samples holds a file for each finished step")
-    last = ""
-    for line in lines:
-        if line["id"] != last:
-            print(f"{'=' * 100}\nstep {given.step}, {line['id']}: {line['prompt']}")
-        last = line["id"]
-        print(f"{'-' * 100}\n{line['mode']}: reward {line['reward']:+.2f} = format {line['format']:+.0f} and "
-              f"accuracy {line['accuracy']:+.2f}", end="")
-        if line["advantage"] is not None:
-            print(f", advantage {line['advantage']:+.2f}", end="")
-        print("; trained on" if line["kept"] else f"; not trained on: {line['why']}")
-        for constraint in line["constraints"]:
-            print(f"  [{'x' if constraint['met'] else ' '}] {constraint['text']}")
-        print(line["text"])
+def report_step(run: m.Run) -> None:
+    """One line of about ten numbers, the rest is in metrics.jsonl; every ten steps: do rewards still differ?"""
+    shown = {name: value or 0.0 for name, value in run.history[-1].items()}
+    run.say((STATUS + STATUS_DEV if "dev/all_met" in shown else STATUS).format_map(shown))
+    if run.step % 10 == 0 and all(row["reward/zero_variance"] == 1 for row in run.history[-10:]):
+        run.say("warning: in the last ten steps no reward differed within a group: nothing is learned; look at "
+                f"{run.folder / 'samples'}: is every answer right, or every one wrong?")
 
 
 # ---------------------------------------------------------------- the run
@@ -655,29 +587,21 @@ def check_settings(cfg: Config) -> Config:
 
 def set_up(cfg: Config, policy, tokenizer, dtype):
     """(engine, reference): after a plan of memory and time is printed; with --shard both models are split in place."""
-    n_rows = cfg.prompts * (cfg.group + cfg.direct)
-    if m.is_main():
-        print(m.training_plan(
-            policy, dtype=dtype, parts=2 if cfg.bc_coef else 1, shard=cfg.shard, offload=cfg.offload,
-            checkpointing=cfg.activation_checkpointing, reference=cfg.kl_coef > 0, engine=cfg.engine,
-            engine_share=cfg.engine_share, micro_tokens=cfg.micro_tokens,
-            rollout_tokens=n_rows * cfg.max_new_tokens,
-            trained_tokens=(n_rows + cfg.bc_batch * cfg.updates) * cfg.max_new_tokens), file=sys.stderr)
+    m.print_plan(policy, cfg, dtype)
     engine = m.make_engine(cfg.engine, policy, tokenizer, dtype=dtype, own_copy=cfg.shard, source=cfg.model,
                            max_length=cfg.max_prompt_tokens + cfg.max_new_tokens, share=cfg.engine_share)
-    if cfg.activation_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    if cfg.shard:  # one model after the other: two whole ones might not fit
-        m.shard_model(policy, dtype, offload=cfg.offload == "all")
-    reference = m.load_model(cfg.model)[0].requires_grad_(False) if cfg.kl_coef else None
-    if cfg.shard and reference is not None:
-        m.shard_model(reference, dtype, offload=cfg.offload != "none")
+    m.prepare(policy, cfg, dtype)  # one model after the other: two whole ones might not fit
+    reference = None
+    if cfg.kl_coef:
+        reference = m.load_model(cfg.model)[0].requires_grad_(False)
+        if cfg.shard:
+            m.shard_model(reference, dtype, offload=cfg.offload != "none")
     return engine, reference
 
 
 def main(argv=None):
     if "--show" in (sys.argv if argv is None else argv):
-        return show(argv)
+        return m.show_samples(argv)
     cfg = check_settings(m.parse_flags(Config, argv, presets=PRESETS))
     rank, world = m.init_distributed()
     m.keep_freed_memory()
@@ -687,16 +611,14 @@ def main(argv=None):
     judge = m.make_judge(cfg.judge, precision=cfg.precision, cache=run.folder / "judge_cache")
     engine, reference = set_up(cfg, policy, tokenizer, dtype)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    done = run.restore(policy, optimizer, {"step": 0, "best": -math.inf})
-    before = {} if done["step"] else dev_metrics(engine, policy, tokenizer, pools["dev"], cfg)
+    run.restore(policy, optimizer)
 
-    for step in range(done["step"], cfg.steps):
+    for step in range(run.step, cfg.steps):
+        before = dev_metrics(engine, policy, tokenizer, pools["dev"], cfg) if step == 0 else {}
+
         # 1. Roll out: G reasoning and H direct responses to each of this rank's prompts.
         with run.clock("rollout"):
-            engine.wake()
-            engine.sync(policy)
-            groups = rollout(engine, tokenizer, prompts_of_step(pools, step, cfg)[rank::world], step, cfg)
-            engine.sleep()
+            groups = rollout(engine, policy, prompts_of_step(pools, step, cfg)[rank::world], step, cfg)
 
         # 2. Score; superior-CoT rule (Eq. 7); group-normalised advantages.
         with run.clock("scoring"):
@@ -707,43 +629,35 @@ def main(argv=None):
         with run.clock("update"):
             policy.train()
             updates, totals = split_into_updates(groups, step, cfg), Counter()
-            if cfg.updates > 1:  # the first is on-policy; the others need the sampling policy's log-probabilities
-                store_old_logprobs(policy, [s for sequences, _ in updates[1:] for s in sequences], cfg, dtype)
-            for update, (sequences, normalizer) in enumerate(updates):
-                number = step * cfg.updates + update
-                if not normalizer and not cfg.bc_coef:
+            store_old_logprobs(policy, updates[1:], cfg, dtype)  # the first is on-policy, the policy moves after it
+            for number, update in enumerate(updates, step * cfg.updates):
+                if not update.rows and not cfg.bc_coef:
                     continue  # every prompt is skipped: no gradient, on any rank
                 m.set_lr(optimizer, learning_rate(number, cfg))
-                stats = policy_backward(policy, reference, sequences, normalizer, cfg, dtype)
+                totals.update(policy_backward(policy, reference, update, cfg, dtype))
                 gradients, experts = {"policy": m.take_gradients(policy)}, []  # of the clipped surrogate and the k3 KL
                 if cfg.bc_coef:
-                    m.keep_freed_memory(trim=True)
                     experts = experts_of_update(pools, number, cfg)[rank::world]
-                    stats["bc_loss"] = cloning_backward(policy, experts, cfg.bc_batch, cfg, dtype)
+                    totals.update(cloning_backward(policy, experts, cfg, dtype))
                     gradients["bc"] = m.take_gradients(policy)  # of behaviour cloning (Eq. 8)
-                stats["trained"] = sum(len(sequence.ids) for sequence in sequences + experts)
-                stats |= m.optimizer_step(policy, optimizer, gradients, number, sequences + experts, run.folder)
-                totals.update(stats)
+                trained = update.sequences + experts
+                totals.update(m.optimizer_step(policy, optimizer, gradients, number, trained, run.folder))
             policy.eval()
 
-        # 4. Books: one line of metrics, every rollout with its verdicts and fate, the best model, a checkpoint.
-        lines = m.gather_objects([line for group in groups for line in sample_lines(group)])
-        metrics = {"step": step + 1, **rollout_metrics(lines), **loss_metrics(totals, cfg), **engine_mismatch(groups),
+        # 4. Books: a line of metrics, every rollout with its verdicts and fate, the best model, a checkpoint.
+        lines, save = sample_lines(groups), (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
+        metrics = {"step": step + 1, **rollout_metrics(lines), **update_metrics(totals, updates, cfg),
                    "loss/lr": optimizer.param_groups[0]["lr"]}
-        metrics |= {f"{name}_before": value for name, value in before.items() if step == 0}
-        regular = (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
-        if regular:
+        metrics |= {f"{name}_before": value for name, value in before.items()}
+        if save:
             with run.clock("dev"):
                 metrics |= dev_metrics(engine, policy, tokenizer, pools["dev"], cfg)
-        metrics = run.log(metrics, lines)
-        run.say(status(metrics, cfg))
-        warn_if_flat(run)
-        done["step"] = step + 1
-        if regular:
-            done["best"] = keep_best(run, policy, tokenizer, done["best"])
-        run.save_or_stop(policy, optimizer, done, regular)
+        run.log(metrics, lines)
+        report_step(run)
+        if save:
+            run.keep_best(policy, tokenizer, "reward/mean")
+        run.save_or_stop(policy, optimizer, save)
     m.write_model(policy, tokenizer, run.folder / "model")
-    run.bar.close()
     report_rule(run, cfg)
 
 

@@ -30,7 +30,7 @@ import time
 import types
 import typing
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from rewards import EndpointJudge, InputError, LocalJudge, parse_response
+from rewards import InputError, is_zh, parse_response, read_records
 
 data_dir = Path(__file__).parent / "data"
 DEFAULT_MODEL = "smollm2-135m"
@@ -52,41 +52,78 @@ DEFAULT_MODEL = "smollm2-135m"
 # ---------------------------------------------------------------- settings
 
 
+# Settings that may change when a run is continued: they move its costs or its books, not its course.
+NEUTRAL = {"resume", "force", "save_every", "keep", "log", "dev_prompts", "micro_tokens", "engine_share", "shard",
+           "offload", "activation_checkpointing"}
+
+
 def parse_flags(config_class, argv=None, presets=None):
     """Command-line flags from a settings dataclass: one flag a field, its trailing `# comment` is the help text.
 
-    `presets` maps a name to a dict of field values; `--preset NAME` sets them, flags given explicitly win.
+    A comment on a line of its own heads a block of the help. `presets` maps a name to a dict of field values;
+    `--preset NAME` sets them, flags given explicitly win. With --resume (in the stages that have --force) all other
+    settings come from the run's config.json, see resumed_settings.
     """
-    source = inspect.getsource(config_class)
-    parser = argparse.ArgumentParser(
-        description=inspect.getdoc(sys.modules[config_class.__module__]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        comment = re.search(rf"^\s*{field.name}\s*:.*?#\s*(.*)$", source, re.M)
-        shown = f" (default: {field.default})" if field.default != "" else ""
-        help_text = f"{comment[1] if comment else ''}{shown}".replace("%", "%%")
-        flag = "--" + field.name.replace("_", "-")
-        kind = hints[field.name]
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
-        elif typing.get_origin(kind) is typing.Literal:
-            parser.add_argument(flag, choices=typing.get_args(kind), default=None, help=help_text)
-        else:
-            parser.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper(), help=help_text)
-    if presets:
-        parser.add_argument("--preset", choices=sorted(presets), help="settings that belong together, see PRESETS")
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]
     if words == ["--help", "metrics"]:
         print(metrics_table())
         sys.exit()
-    given = vars(parser.parse_args(words))
-    preset = given.pop("preset", None)
-    values = dict(presets[preset]) if preset else {}
-    values.update({name: value for name, value in given.items() if value is not None})
+    parser = argparse.ArgumentParser(
+        description=inspect.getdoc(sys.modules[config_class.__module__]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--flag value] …",
+        allow_abbrev=False,
+    )
+    defaults, hints = config_class(), typing.get_type_hints(config_class)
+    block = parser
+    if presets:
+        block.add_argument("--preset", choices=sorted(presets), help="settings that belong together, see PRESETS")
+    for line in inspect.getsource(config_class).splitlines():
+        heading, field = re.fullmatch(r"    # (.*)", line), re.match(r"    (\w+): .*?  # (.*)", line)
+        if heading:
+            block = parser.add_argument_group(heading[1])
+        elif field:
+            add_flag(block, field[1], hints[field[1]], getattr(defaults, field[1]), field[2])
+    given = {name: value for name, value in vars(parser.parse_args(words)).items() if value is not None}
+    values = {**presets[given.pop("preset")], **given} if "preset" in given else given
+    if values.get("resume") and "force" in hints:
+        values = resumed_settings(values, config_class)
     return config_class(**values)
+
+
+def add_flag(block, name: str, kind, default, help_text: str) -> None:
+    """The flag of one setting; its value is None where it is not given."""
+    if default != "":
+        help_text += f" (default: {default})"
+    flag, settings = "--" + name.replace("_", "-"), {"default": None, "help": help_text.replace("%", "%%")}
+    if kind is bool:
+        block.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
+    elif typing.get_origin(kind) is typing.Literal:
+        block.add_argument(flag, choices=typing.get_args(kind), **settings)
+    else:
+        block.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **settings)
+
+
+def resumed_settings(given: dict, config_class) -> dict:
+    """The settings in RUN/config.json, updated with the given ones.
+
+    A changed setting is reported; one that would change the course of the run (the data, the objective, the seed) is an
+    InputError without --force.
+    """
+    path = Path(given.get("out", config_class().out)) / "config.json"
+    if not path.exists():
+        raise InputError(f"{path}: is not there, so there is no run to resume; check --out, or start without --resume")
+    names = {field.name for field in dataclasses.fields(config_class)} - {"resume", "force"}
+    stored = {name: value for name, value in json.loads(path.read_text("utf-8")).items() if name in names}
+    changed = [name for name in stored if name in given and given[name] != stored[name]]
+    for name in changed:
+        flag = "--" + name.replace("_", "-")
+        if name not in NEUTRAL and not given.get("force"):
+            raise InputError(f"{path}: {flag} {given[name]} would change the course of this run, which has "
+                             f"{stored[name]!r}; leave {flag} out to continue it as it is, or give --force")
+        if is_main():
+            print(f"--resume: {flag} is now {given[name]!r}, was {stored[name]!r}", file=sys.stderr)
+    return {**stored, **given}
 
 
 def yield_to_neighbours() -> None:
@@ -207,15 +244,6 @@ def gather_objects(items: list) -> list:
     return [item for part in parts for item in part]
 
 
-def equal_counts(batches: list, filler) -> list[tuple]:
-    """(batch, weight) pairs: the batches with weight 1, then `filler` with weight 0 until every rank has as many.
-
-    A sharded model gathers weights in every forward and backward pass: a rank that runs fewer would hang the others.
-    """
-    most = max(gather_objects([len(batches)]))
-    return [(batch, 1.0) for batch in batches] + [(filler, 0.0)] * (most - len(batches))
-
-
 def take_gradients(model) -> tuple[float, list]:
     """(norm, gradients) of what the backward passes have added up so far, over all ranks; the model's are cleared.
 
@@ -241,8 +269,9 @@ def whole_norm(norm) -> float:
 def optimizer_step(model, optimizer, parts: dict, number: int, sequences: list, run: Path) -> dict[str, float]:
     """Update `number`: add up the parts of the gradient (name -> take_gradients), clip their norm at 1, step.
 
-    Returns the norm before clipping, "grad_norm", and that of each part, "grad_norm_NAME". A gradient that is not
-    finite skips the update and leaves its sequences in RUN/nonfinite; the third in a row ends the run.
+    Returns the norm before clipping, "grad_norm", that of each part, "grad_norm_NAME", and the tokens of this rank's
+    sequences, "trained". A gradient that is not finite skips the update, returns {"nonfinite": 1} and leaves its
+    sequences in RUN/nonfinite; the third in a row ends the run.
     """
     norms = {f"grad_norm_{name}": norm for name, (norm, _) in parts.items()}
     for parameter, *gradients in zip(model.parameters(), *(tensors for _, tensors in parts.values()), strict=True):
@@ -261,7 +290,9 @@ def optimizer_step(model, optimizer, parts: dict, number: int, sequences: list, 
             raise InputError("3 updates in a row had no finite gradient; lower --lr or give --precision fp32, and "
                              "continue from the last checkpoint with --resume")
     optimizer.zero_grad(set_to_none=True)
-    return {"grad_norm": norm, **norms}
+    if not np.isfinite(norm):
+        return {"nonfinite": 1}
+    return {"grad_norm": norm, **norms, "trained": sum(len(sequence.ids) for sequence in sequences)}
 
 
 def set_lr(optimizer, lr: float) -> None:
@@ -554,56 +585,77 @@ DENSE_PACK = 1024
 
 
 def packed_logprobs(model, packs, *, temperature=1.0, chunk=1024):
-    """token_logprobs for rows that begin alike: each pack is a list of (token ids, response start).
+    """token_logprobs for rows that share a prefix: each pack is a list of (token ids, response start).
 
-    A pack is one row, common beginning | rest of row 1 | rest of row 2 | …, in which a rest sees the beginning and
-    itself: the beginning (for a group: the prompt) is computed once, forward and backward, and the gradient is that of
-    the separate rows. Returns (B, T_response) like token_logprobs, the B responses in the order of the packs.
+    A pack is one row of the batch, the shared prefix and then the suffix of each of its rows. A suffix sees the prefix
+    and itself, at the positions that it has in its own row: so the prefix (for a group: the prompt) is computed once,
+    forward and backward, and log-probabilities and gradient are those of separate rows. The rows a b c d and a b e:
+
+        token     a b c d e      sees  a b c d e
+        position  0 1 2 3 2       a    x
+        segment   0 0 1 1 2       b    x x
+                                  c    x x x
+                                  d    x x x x
+                                  e    x x     x
+
+    Returns (B, T_response) like token_logprobs, the B responses in the order of the packs.
     """
     if model.config._attn_implementation != "group_sdpa":  # a model that load_model has not loaded
         _use_group_attention(model)
-    shared = [common_prefix([ids[:start] for ids, start in pack]) for pack in packs]
-    width = max(map(pack_length, packs))
-    ids_BT = torch.zeros(len(packs), width, dtype=torch.long)
-    position_BT = torch.zeros(len(packs), width, dtype=torch.long)
-    index = []  # per response token: pack, column that predicts it, response number, place in the response
-    targets, response = [], 0
-    for b, (n, pack) in enumerate(zip(shared, packs, strict=True)):
-        ids_BT[b, :n] = torch.tensor(next(ids[:n] for ids, _ in pack))
-        position_BT[b, :n] = torch.arange(n)
-        column = n
-        for ids, start in pack:
-            own = slice(column, column + len(ids) - n)
-            ids_BT[b, own] = torch.tensor(ids[n:])
-            position_BT[b, own] = torch.arange(n, len(ids))
-            index += [(b, i if i < n else column + i - n, response, i + 1 - start)
-                      for i in range(start - 1, len(ids) - 1)]
-            targets += ids[start:]
-            column, response = own.stop, response + 1
+    ids_BT, position_BT, segments, index = build_packs(packs)
+    if ids_BT.shape[1] <= DENSE_PACK:
+        visible, segments = pack_mask(segments), None
+    else:
+        visible = segment_mask(segments)
     where = device()
-    lengths = [[n, *(len(ids) - n for ids, _ in pack)] for n, pack in zip(shared, packs, strict=True)]
-    if width <= DENSE_PACK:
-        segment_BT = pad_sequence([torch.arange(len(pack)).repeat_interleave(torch.tensor(pack)) for pack in lengths],
-                                  batch_first=True, padding_value=-1)  # 0 the beginning, 1, 2, … the rests
-        query_BT1, key_B1T = segment_BT[:, :, None], segment_BT[:, None, :]
-        # Padding sees only padding, and nothing looks at it.
-        visible = ((key_B1T == 0) | (key_B1T == query_BT1)) & torch.ones(width, width, dtype=torch.bool).tril()
-    else:  # group_sdpa takes the beginning and each rest as S segments with Q queries and K keys at most
-        before_S = torch.tensor([n * (segment > 0) for n, pack in zip(shared, lengths, strict=True)
-                                 for segment in range(len(pack))])
-        Q, K = max(map(max, lengths)), max(len(ids) for pack in packs for ids, _ in pack)
-        visible = torch.arange(K) <= before_S[:, None, None] + torch.arange(Q)[:, None]
-    inputs = {
-        "input_ids": ids_BT.to(where),
-        "attention_mask": visible[:, None].to(where),
-        "position_ids": position_BT.to(where),
-        "segments": None if width <= DENSE_PACK else lengths,
-    }
-    pack_N, source_N, response_N, place_N = torch.tensor(index, device=where).unbind(1)
-    targets_N = torch.tensor(targets, device=where)
-    logp_N = _target_logprobs(model, inputs, (pack_N, source_N), targets_N, temperature, chunk)
-    logp_BR = torch.zeros(response, int(place_N.max()) + 1, dtype=logp_N.dtype, device=where)
+    inputs = {"input_ids": ids_BT.to(where), "position_ids": position_BT.to(where), "segments": segments,
+              "attention_mask": visible[:, None].to(where)}
+    pack_N, source_N, target_N, response_N, place_N = torch.tensor(index, device=where).unbind(1)
+    logp_N = _target_logprobs(model, inputs, (pack_N, source_N), target_N, temperature, chunk)
+    logp_BR = torch.zeros(int(response_N[-1]) + 1, int(place_N.max()) + 1, dtype=logp_N.dtype, device=where)
     return logp_BR.index_put((response_N, place_N), logp_N)
+
+
+def build_packs(packs):
+    """(ids_BT, position_BT, segments, index) of packs of rows, right padded with zeros.
+
+    segments: for each pack the length of its prefix and of every suffix. index: for each response token (pack, column
+    that predicts it, the token, number of the response, place in the response).
+    """
+    ids, positions, segments, index, response = [], [], [], [], 0
+    for b, pack in enumerate(packs):
+        rows = [tuple(row) for row in pack]
+        prefix = common_prefix([row_ids[:start] for row_ids, start in rows])
+        packed, places = rows[0][0][:prefix], list(range(prefix))
+        for row_ids, start in rows:
+            shift = len(packed) - prefix  # from a column of the row to that of the pack, beyond the prefix
+            for i in range(start, len(row_ids)):
+                source = i - 1 if i - 1 < prefix else i - 1 + shift
+                index.append((b, source, row_ids[i], response, i - start))
+            packed = packed + row_ids[prefix:]
+            places += range(prefix, len(row_ids))
+            response += 1
+        ids.append(torch.tensor(packed))
+        positions.append(torch.tensor(places))
+        segments.append([prefix, *(len(row_ids) - prefix for row_ids, _ in rows)])
+    return pad_sequence(ids, batch_first=True), pad_sequence(positions, batch_first=True), segments, index
+
+
+def pack_mask(segments) -> torch.Tensor:
+    """(B, T, T) bool: what each token of a pack sees (packed_logprobs). Padding sees padding; nothing looks at it."""
+    numbers = [torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)) for lengths in segments]
+    segment_BT = pad_sequence(numbers, batch_first=True, padding_value=-1)
+    query_BT1, key_B1T = segment_BT[:, :, None], segment_BT[:, None, :]
+    T = segment_BT.shape[1]
+    return ((key_B1T == 0) | (key_B1T == query_BT1)) & torch.ones(T, T, dtype=torch.bool).tril()
+
+
+def segment_mask(segments) -> torch.Tensor:
+    """(S, Q, K) bool for `group_sdpa`: S segments of at most Q queries, each after its prefix, at most K keys."""
+    before_S = torch.tensor([before for prefix, *suffixes in segments for before in [0] + len(suffixes) * [prefix]])
+    Q = max(max(lengths) for lengths in segments)
+    K = max(lengths[0] + max(lengths[1:]) for lengths in segments)
+    return torch.arange(K) <= before_S[:, None, None] + torch.arange(Q)[:, None]
 
 
 def pad_right(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -639,6 +691,7 @@ class Sequence:
     start: int  # index of the first response token
     advantage: float = 0.0  # of GRPO
     old_logp: torch.Tensor | None = None  # (R,) under the policy that sampled it, by the trainer's own arithmetic
+    sampled_logp: list[float] = dataclasses.field(default_factory=list)  # by the engine's: compared, never trained on
 
     def __iter__(self):  # packs of sequences are packs of (token ids, response start)
         return iter((self.ids, self.start))
@@ -659,37 +712,69 @@ def encode_expert(tokenizer, record: dict, family: str = "cold") -> Sequence:
     return Sequence([*prompt.ids, *answer_ids, tokenizer.eos_token_id], len(prompt.ids))
 
 
+def load_experts(path, tokenizer, family: str, limit: int, count: int = 0) -> list[Sequence]:
+    """The (first `count`) expert answers of a record file; those over `limit` tokens, prompt included, are left out."""
+    records = [record for record in read_records(path) if record.get("expert")][: count or None]
+    experts = [encode_expert(tokenizer, record, family) for record in records]
+    return keep(experts, lambda sequence: len(sequence.ids) <= limit, f"experts exceed {limit} tokens")
+
+
+def keep(items: list, wanted, what: str) -> list:
+    """The items that are wanted; how many are not is said on stderr: 3 of 20 WHAT: left out."""
+    kept = [item for item in items if wanted(item)]
+    if len(kept) < len(items) and is_main():
+        print(f"{len(items) - len(kept)} of {len(items)} {what}: left out", file=sys.stderr)
+    return kept
+
+
 def common_prefix(rows: list[list[int]]) -> int:
     """How many tokens the rows have in common at their beginning."""
     first, last = min(rows), max(rows)
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-def pack_length(pack) -> int:
-    """Tokens of a pack of (token ids, response start): what its rows have in common counts once."""
-    shared = common_prefix([ids[:start] for ids, start in pack])
-    return shared + sum(len(ids) - shared for ids, _ in pack)
-
-
 def micro_batches(rows, budget: int) -> list[list[list]]:
-    """Cut rows (objects with .ids and .start) into micro-batches of packs of rows whose prompts begin alike.
+    """Cut rows (objects with .ids and .start) into micro-batches of packs of rows whose prompts share a prefix.
 
     Packs are sorted by length; packs × longest pack stays within `budget` tokens (one row at least). A row joins the
     pack before it if that saves an eighth of its length.
     """
-    packs, shared, lengths = [], [], []  # of each pack: rows, common beginning, tokens
+    packs, prefixes, lengths = [], [], []  # of each pack: rows, tokens of the shared prefix, tokens
     for row in sorted(rows, key=lambda row: (row.ids[: row.start], len(row.ids))):
         if packs:
-            n = common_prefix([packs[-1][0].ids[: shared[-1]], row.ids[: row.start]])
-            length = lengths[-1] + len(packs[-1]) * (shared[-1] - n) + len(row.ids) - shared[-1]
+            prefix = common_prefix([packs[-1][0].ids[: prefixes[-1]], row.ids[: row.start]])
+            length = lengths[-1] + len(packs[-1]) * (prefixes[-1] - prefix) + len(row.ids) - prefixes[-1]
             if length <= budget // 2 and lengths[-1] + len(row.ids) - length >= len(row.ids) / 8:
                 packs[-1].append(row)
-                shared[-1], lengths[-1] = n, length
+                prefixes[-1], lengths[-1] = prefix, length
                 continue
         packs.append([row])
-        shared.append(row.start)
+        prefixes.append(row.start)
         lengths.append(len(row.ids))
     return [[packs[i] for i in batch] for batch in token_batches(lengths, budget)]
+
+
+def rank_micro_batches(sequences: list[Sequence], budget: int) -> list[tuple]:
+    """(packs, weight) of this rank's micro-batches: weight 1, then dummies of weight 0 until every rank has as many.
+
+    A sharded model gathers weights in every forward and backward pass: a rank that runs fewer would hang the others.
+    """
+    batches = micro_batches(sequences, budget)
+    missing = max(gather_objects([len(batches)])) - len(batches)
+    return [(packs, 1.0) for packs in batches] + [([[Sequence([0, 0], 1)]], 0.0) for _ in range(missing)]
+
+
+@torch.no_grad()
+def store_logprobs(model, batches, dtype=torch.float32, temperature: float = 1.0) -> None:
+    """Fill in .old_logp of the sequences in micro-batches of packs."""
+    for packs in batches:
+        keep_logprobs(packs, *row_logprobs(model, packs, dtype, temperature))
+
+
+def keep_logprobs(packs, logp_BR, mask_BR) -> None:
+    sequences = [sequence for pack in packs for sequence in pack]
+    for sequence, logp_R, mask_R in zip(sequences, logp_BR.detach(), mask_BR, strict=True):
+        sequence.old_logp = logp_R[mask_R]
 
 
 def token_batches(lengths: list[int], budget: int) -> list[list[int]]:
@@ -726,6 +811,17 @@ def make_engine(backend: str, model, tokenizer, *, dtype=None, own_copy=False, s
         return Engine(model, tokenizer, dtype=dtype, own_copy=own_copy)
     folder = smollm2_folder() if source == DEFAULT_MODEL else source
     return VllmEngine(str(folder), tokenizer, eos_ids(model, tokenizer), max_length, share)
+
+
+def engine_gap(sequences: list[Sequence]) -> dict:
+    """|Δ|, its maximum and KL(engine ‖ trainer) in nats a token, over all ranks; Δ = trainer − engine log-probability.
+
+    They differ by arithmetic alone (kernels, bf16); growing figures mean that the engine runs on other weights.
+    """
+    gaps = [sequence.old_logp.float().cpu() - torch.tensor(sequence.sampled_logp) for sequence in sequences]
+    gap_N = torch.cat(gather_objects(gaps) or [torch.zeros(1)])
+    return {"rollout/engine_gap": gap_N.abs().mean().item(), "rollout/engine_gap_max": gap_N.abs().max().item(),
+            "rollout/engine_kl": (gap_N.exp() - 1 - gap_N).mean().item()}
 
 
 class Engine:
@@ -785,20 +881,20 @@ class Engine:
         self.model.train(was_training)
         return results
 
-    @torch.inference_mode()
-    def _generate_batch(self, prompts, copies, max_tokens, temperature, stop, seeds):
-        """The rollouts of one batch, those of a prompt side by side: sum(copies) of them."""
-        model, where = self.model, self.model.device
-        P, L = len(prompts), max(map(len, prompts))
-        # Prefill: P rows, left padded, so that all rows of a decoding step write the same cache column.
-        ids_PL = torch.zeros(P, L, dtype=torch.long)
-        mask_PL = torch.zeros(P, L, dtype=torch.bool)
+    def _prefill(self, prompts):
+        """(logits of the first response token, mask_PL, KV cache) of P prompts.
+
+        They are left padded, so that all rows of a decoding step write the same column of the cache.
+        """
+        where, L = self.model.device, max(map(len, prompts))
+        ids_PL = torch.zeros(len(prompts), L, dtype=torch.long)
+        mask_PL = torch.zeros(len(prompts), L, dtype=torch.bool)
         for row, ids in enumerate(prompts):
             ids_PL[row, L - len(ids) :] = torch.tensor(ids)
             mask_PL[row, L - len(ids) :] = True
         ids_PL, mask_PL = ids_PL.to(where), mask_PL.to(where)
-        cache = _rollout_cache(model.config)
-        logits_PV = model(
+        cache = _rollout_cache(self.model.config)
+        logits_PV = self.model(
             input_ids=ids_PL,
             attention_mask=mask_PL.long(),
             position_ids=(mask_PL.long().cumsum(1) - 1).clamp(min=0),
@@ -806,7 +902,14 @@ class Engine:
             # An index, not the number 1: from a slice matmul would copy the head's weights once per prompt.
             logits_to_keep=torch.tensor([-1], device=where),
         ).logits[:, -1]
+        return logits_PV, mask_PL, cache
 
+    @torch.inference_mode()
+    def _generate_batch(self, prompts, copies, max_tokens, temperature, stop, seeds):
+        """The rollouts of one batch, those of a prompt side by side: sum(copies) of them."""
+        model, where = self.model, self.model.device
+        logits_PV, mask_PL, cache = self._prefill(prompts)
+        L = mask_PL.shape[1]
         # From here on B = sum(copies) rows; `alive` names the rollout each row of the shrinking batch belongs to.
         B, copies_P = sum(copies), torch.tensor(copies, device=where)
         alive_B = torch.arange(B, device=where)
@@ -921,19 +1024,21 @@ def _use_group_attention(model):
 
     With one query token the g query heads of a group are g queries of one shared head, so the cache need not be
     repeated g times before every attention call (transformers does that whenever a mask is given).
-    In a long pack (packed_logprobs) a rest attends to the beginning and itself: a batch of such short attentions, where
+    In a long pack (packed_logprobs) a suffix attends to the prefix and itself: a batch of such short attentions, where
     one over the whole pack would mask most of what it computes.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    def by_segment(x, segments, after_beginning):
-        """(B, heads, T, d) -> (S, heads, longest, d): the beginning and the rests, these after it or alone."""
+    def by_segment(x, segments, after_prefix):
+        """(B, heads, T, d) -> (S, heads, longest, d): the prefix and the suffixes, these after it or alone."""
         rows = []
         for x_THd, lengths in zip(x.transpose(1, 2), segments, strict=True):
-            beginning, *rests = x_THd[: sum(lengths)].split(lengths)
-            rows += [beginning, *(torch.cat([beginning, rest]) if after_beginning else rest for rest in rests)]
+            prefix, *suffixes = x_THd[: sum(lengths)].split(lengths)
+            if after_prefix:
+                suffixes = [torch.cat([prefix, suffix]) for suffix in suffixes]
+            rows += [prefix, *suffixes]
         longest = max(map(len, rows))
         return torch.stack([F.pad(row, (0, 0, 0, 0, 0, longest - len(row))) for row in rows]).transpose(1, 2)
 
@@ -1209,11 +1314,12 @@ def open_chat(name: str, *, precision: str = "auto", cache: str | Path | None = 
     return LocalChat(model, precision=precision, cache=cache)
 
 
-def make_judge(name: str, *, precision: str = "auto", cache: str | Path | None = None):
-    """The judge of semantic constraints, NAME[@URL]; None for an empty name.
+# ---------------------------------------------------------------- judges: judge(items) -> list[bool]
+# An item is (instruction, answer, question).
 
-    A served judge's replies are kept under `cache`. rewards.LocalJudge and EndpointJudge say how a verdict is read.
-    """
+
+def make_judge(name: str, *, precision: str = "auto", cache: str | Path | None = None):
+    """The judge of semantic constraints, NAME[@URL]; None for an empty name. A served judge's replies go to `cache`."""
     if not name:
         return None
     model, url = split_address(name)
@@ -1222,57 +1328,185 @@ def make_judge(name: str, *, precision: str = "auto", cache: str | Path | None =
     return LocalJudge(*load_model(model, dtype=compute_dtype(precision)))
 
 
+def judge_prompt(instruction: str, answer: str, question: str) -> str:
+    """The user message to a judge, in the question's language. The question comes last: the prompts share a prefix."""
+    language = "zh" if is_zh(question) else "en"
+    return prompt_text(f"judge_{language}", instruction=instruction, answer=answer, question=question)
+
+
+class LocalJudge:
+    """A causal language model as judge: yes iff log p("yes") > log p("no") as its reply (the published training judge).
+
+    Its own tokenizer and chat template are used. The prompts of one answer differ only in the question, so that they
+    are one pack (packed_logprobs), and `budget` tokens go through the model at a time. A prompt longer than
+    `max_tokens` loses the middle of the answer (then of the instruction), never of the question; such answers are
+    counted in `truncated`.
+    """
+
+    def __init__(self, model, tokenizer, *, max_tokens: int = 4096, budget: int = 8192):
+        self.model, self.tokenizer, self.budget = model, tokenizer, budget
+        self.max_tokens = min(max_tokens, getattr(model.config, "max_position_embeddings", max_tokens))
+        self.replies = [self._ids("yes"), self._ids("no")]
+        self.asked = self.truncated = self.unreadable = 0
+
+    def __call__(self, items) -> list[bool]:
+        questions = defaultdict(list)  # (instruction, answer) -> positions of its questions
+        for i, (instruction, answer, _) in enumerate(items):
+            questions[instruction, answer].append(i)
+        candidates: list = [None] * len(items)  # for each item the conversation that ends in yes, and the one in no
+        for (instruction, answer), positions in questions.items():
+            prompts = self._fit(instruction, answer, [items[i][2] for i in positions])
+            for i, prompt in zip(positions, prompts, strict=True):
+                candidates[i] = [Sequence(prompt + reply, len(prompt)) for reply in self.replies]
+        self.asked += len(items)
+        store_logprobs(self.model, micro_batches([row for pair in candidates for row in pair], self.budget))
+        return [bool(yes.old_logp.sum() > no.old_logp.sum()) for yes, no in candidates]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _prompt_ids(self, instruction: str, answer: str, question: str) -> list[int]:
+        text = judge_prompt(instruction, answer, question)
+        if self.tokenizer.chat_template:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        return self._ids(text)
+
+    def _without_middle(self, text: str, drop: int) -> str:
+        ids = self._ids(text)
+        keep = max(0, len(ids) - drop)
+        tail = self.tokenizer.decode(ids[len(ids) - keep // 2 :]) if keep > 1 else ""
+        return f"{self.tokenizer.decode(ids[: keep - keep // 2])} … {tail}"
+
+    def _fit(self, instruction: str, answer: str, questions: list[str]) -> list[list[int]]:
+        """Token ids of each question's prompt, with one shortening for all of them."""
+        room, cut = self.max_tokens - max(map(len, self.replies)), False
+        while True:
+            prompts = [self._prompt_ids(instruction, answer, question) for question in questions]
+            over = max(map(len, prompts)) - room
+            if over <= 0:
+                self.truncated += cut
+                return prompts
+            cut = True
+            if len(self._ids(answer)) > 8:
+                answer = self._without_middle(answer, over + 8)
+            elif len(self._ids(instruction)) > 8:
+                instruction = self._without_middle(instruction, over + 8)
+            else:
+                raise ValueError(f"a judge question is {over} tokens too long for the judge's {self.max_tokens}")
+
+
+class EndpointJudge:
+    """A served model as judge. `chat` is Endpoint.chat or any function of that form.
+
+    The verdict is read from the first token's alternatives where a completion has them (`top_logprobs`: one dict
+    token -> log p per position), else from the text. An unreadable or missing reply is False, counted in `unreadable`.
+    """
+
+    def __init__(self, chat, *, max_tokens: int = 16):
+        self.chat, self.max_tokens = chat, max_tokens
+        self.asked = self.unreadable = 0
+
+    def __call__(self, items) -> list[bool]:
+        conversations = [[{"role": "user", "content": judge_prompt(*item)}] for item in items]
+        replies = self.chat(conversations, n=1, max_tokens=self.max_tokens, temperature=0.0, stop=(), seed=0)
+        verdicts = [read_verdict(reply[0]) if reply else None for reply in replies]
+        self.asked += len(items)
+        self.unreadable += verdicts.count(None)
+        return [verdict is True for verdict in verdicts]
+
+
+def read_verdict(completion) -> bool | None:
+    """Yes or no of one judge completion, None if it says neither or both."""
+    alternatives = (getattr(completion, "top_logprobs", None) or [{}])[0]
+    yes, no = (max((p for token, p in alternatives.items() if token.strip().lower() in reply), default=None)
+               for reply in (("yes", "是"), ("no", "否")))
+    if yes is not None and no is not None:
+        return yes > no
+    text = (completion.text or "").rpartition("</think>")[2].lower().replace("是否", "")  # "whether" is no answer
+    words = re.findall(r"\b(?:yes|no)\b|不是|[是否]", text)
+    if re.match(r"\W*(?:yes|no|是|否|不是)(?![a-z])", text):
+        words = words[:1]  # a reply that opens with the verdict may go on to explain it
+    said = {word in ("yes", "是") for word in words}
+    return said.pop() if len(said) == 1 else None
+
+
 # ---------------------------------------------------------------- the plan of a run
 
 
-def training_plan(model, *, dtype, parts=1, shard=False, offload="none", checkpointing=False, reference=False,
-                  engine="none", engine_share=0.4, micro_tokens=1024, rollout_tokens=0, trained_tokens=0) -> str:
-    """Estimated memory and time of a GPU (or of the machine) before anything is started, as readable text.
+def print_plan(model, cfg, dtype) -> None:
+    """Memory and time of a run on stderr, before anything is started."""
+    if is_main():
+        print(training_plan(model, cfg, dtype), file=sys.stderr)
 
-    parts: how many gradients an update adds up. rollout_tokens, trained_tokens: of one optimizer batch over all ranks,
-    taken at their limits, so that the time is an upper bound. It assumes half of the speed of a large matrix product
-    and of a large copy, measured here (a decoding step of 64 rows waits for one or the other).
+
+def training_plan(model, cfg, dtype) -> str:
+    """Estimated memory and time of a GPU (or of the machine) under the settings of sft.py or grpo.py, as text.
+
+    GRPO's tokens of a step are taken at their limits, so that its time is an upper bound. It assumes half of the speed
+    of a large matrix product and of a large copy, measured here (a decoding step of 64 rows waits for either).
     """
+    settings, on_gpu = vars(cfg), torch.cuda.is_available()
     world = dist.get_world_size() if dist.is_initialized() else 1
+    shards = world if cfg.shard else 1
     count = sum(parameter.numel() for parameter in model.parameters())
-    config, where, shards = model.config, device(), world if shard else 1
-    on_gpu = torch.cuda.is_available()
-    width = config.hidden_size + config.intermediate_size  # activations kept for backward: some 10 + 3 vectors a layer
-    kept = 2 * config.hidden_size if checkpointing else 10 * config.hidden_size + 3 * width
-    sizes = {  # bytes
-        "weights, gradients, Adam (float32)": 0 if offload == "all" and on_gpu else (12 + 4 * parts) * count / shards,
-        "reference": 0 if not reference or (offload != "none" and on_gpu) else 4 * count / shards,
-        "rollout weights": 2 * count if engine == "hf" else 0,
-        "activations": micro_tokens * config.num_hidden_layers * kept * (2 if dtype == torch.bfloat16 else 4),
-        "head": 3 * 4 * 1024 * config.vocab_size,
+    total = torch.cuda.get_device_properties(device()).total_memory if on_gpu else 0
+
+    # Memory, in bytes. Activations kept for backward: some 10 + 3 vectors a layer and token.
+    hidden, inner = model.config.hidden_size, model.config.intermediate_size
+    kept = 2 * hidden if cfg.activation_checkpointing else 13 * hidden + 3 * inner
+    gradients = 2 if settings.get("bc_coef") else 1  # the parts of an update are held apart
+    element = 2 if dtype == torch.bfloat16 else 4
+    sizes = {
+        "weights, gradients, Adam (float32)": (12 + 4 * gradients) * count / shards,
+        "reference": 4 * count / shards if settings.get("kl_coef") else 0,
+        "rollout weights": 2 * count if settings.get("engine") == "hf" else 0,
+        "activations": cfg.micro_tokens * model.config.num_hidden_layers * kept * element,
+        "head": 3 * 4 * 1024 * model.config.vocab_size,
+        "vllm's share": cfg.engine_share * total if settings.get("engine") == "vllm" else 0,
     }
-    total = torch.cuda.get_device_properties(where).total_memory if on_gpu else 0
-    if engine == "vllm":
-        sizes["vllm's share"] = engine_share * total
-
-    def seconds(run, repeats=3):
-        best = float("inf")
-        for _ in range(repeats + 1):
-            began = time.perf_counter()
-            run().flatten()[0].item()  # the item waits for the device
-            best = min(best, time.perf_counter() - began)
-        return best
-
-    matrix = torch.randn(2048, 2048, device=where, dtype=dtype)
-    block = torch.zeros(2**26, device=where, dtype=torch.uint8)
-    flops, bandwidth = 2 * 2048**3 / seconds(lambda: matrix @ matrix), 2 * 2**26 / seconds(block.clone)
-    update_s = trained_tokens / world * count * (8 if reference else 6) / (flops / 2)
-    rollout_s = rollout_tokens / world * 2 * count * max(1 / 64 / (bandwidth / 2), 1 / (flops / 2))
-    rows = [f"  {name:36} {size / 1e9:7.1f} GB" for name, size in sizes.items() if size]
+    if on_gpu and cfg.offload == "all":
+        sizes["weights, gradients, Adam (float32)"] = 0
+    if on_gpu and cfg.offload != "none":
+        sizes["reference"] = 0
     # vllm sleeps while the trainer works: its share and what only an update takes are never there at once.
-    asleep = min(sizes.get("vllm's share", 0), sizes["activations"] + sizes["head"])
-    need = (sum(sizes.values()) - asleep) / 1e9
-    rows.append(f"  {'in all':36} {need:7.1f} GB" + (f" of {total / 1e9:.0f}" if on_gpu else ""))
-    if on_gpu and need * 1e9 > total:
-        rows.append("  this does not fit: give --shard with more GPUs, --activation-checkpointing, --offload, or a "
-                    "smaller --micro-tokens")
-    timing = f"  at most {rollout_s:.0f} s rollout and {update_s:.0f} s update a step" if trained_tokens else ""
-    return "\n".join([f"plan for each of {world} process(es), {count / 1e6:.0f} M parameters:", *rows, timing]).rstrip()
+    asleep = min(sizes["vllm's share"], sizes["activations"] + sizes["head"])
+    need = sum(sizes.values()) - asleep
+    lines = [f"plan for each of {world} process(es), {count / 1e6:.0f} M parameters:"]
+    lines += [f"  {name:36} {size / 1e9:7.1f} GB" for name, size in sizes.items() if size]
+    lines.append(f"  {'in all':36} {need / 1e9:7.1f} GB" + (f" of {total / 1e9:.0f}" if on_gpu else ""))
+    if on_gpu and need > total:
+        lines.append("  this does not fit: give --shard with more GPUs, --activation-checkpointing, --offload, or a "
+                     "smaller --micro-tokens")
+    if "group" in settings:
+        matrix = torch.randn(2048, 2048, device=device(), dtype=dtype)
+        block = torch.zeros(2**26, device=device(), dtype=torch.uint8)
+        flops = 2 * 2048**3 / seconds(lambda: matrix @ matrix) / 2
+        bandwidth = 2 * 2**26 / seconds(block.clone) / 2
+        rollouts = cfg.prompts * (cfg.group + cfg.direct) * cfg.max_new_tokens
+        trained = rollouts + cfg.bc_batch * cfg.updates * cfg.max_new_tokens
+        rollout_s = rollouts / world * 2 * count * max(1 / 64 / bandwidth, 1 / flops)
+        update_s = trained / world * count * (8 if cfg.kl_coef else 6) / flops
+        lines.append(f"  at most {rollout_s:.0f} s rollout and {update_s:.0f} s update a step")
+    return "\n".join(lines)
+
+
+def seconds(function) -> float:
+    """The shortest of four calls of a function that returns a tensor."""
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        function().flatten()[0].item()  # the item waits for the device
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def prepare(model, cfg, dtype) -> None:
+    """Activation checkpointing and sharding of the model that is trained, as the flags of that name say."""
+    if cfg.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.shard:
+        shard_model(model, dtype, offload=cfg.offload == "all")
 
 
 # ---------------------------------------------------------------- run folders
@@ -1289,8 +1523,7 @@ def open_run(folder: str | Path, config, *, resume: bool = False) -> Path:
     for name in ("keep", "save_every"):
         if getattr(config, name, 1) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if rank == 0:
+    if is_main():
         if (folder / "config.json").exists() and not resume:
             kept = next(f"{folder}.{i}" for i in range(1, 10_000) if not Path(f"{folder}.{i}").exists())
             folder.rename(kept)
@@ -1361,36 +1594,35 @@ def load_training_state(model, optimizer, state: dict) -> None:
     dcp.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
 
 
-def save_checkpoint(run: Path, model, optimizer, done: dict, *, keep: int = 1) -> None:
-    """Everything to go on from as checkpoint/step-N.pt, complete or not there; the last `keep` stay. All ranks call.
+def save_checkpoint(run: Path, model, optimizer, step: int, *, keep: int = 1) -> None:
+    """Everything to resume after `step` from, as checkpoint/step-N.pt, complete or not there; the last `keep` stay.
 
-    `done`: what the stage goes on from beside weights and optimizer, its "step" among it. No rank leaves before the
-    file is there: torchrun stops all as soon as one has gone.
+    All ranks call, and no rank leaves before the file is there: torchrun stops all as soon as one has gone.
     """
-    state, folder = {**training_state(model, optimizer), **done}, run / "checkpoint"
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    state, folder = {**training_state(model, optimizer), "step": step}, run / "checkpoint"
+    if is_main():
         folder.mkdir(exist_ok=True)
         with open(folder / "state.tmp", "wb") as file:  # given a path, torch does not say that the disk is full
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(folder / "state.tmp", folder / f"step-{done['step']:06d}.pt")
+        os.replace(folder / "state.tmp", folder / f"step-{step:06d}.pt")
         for old in sorted(folder.glob("step-*.pt"))[:-keep]:
             old.unlink()
     sum_over_ranks(0.0)
 
 
-def load_checkpoint(run: Path, model, optimizer) -> dict:
-    """Set model and optimizer to the last checkpoint; forget log lines after it. Returns the rest of its state."""
+def load_checkpoint(run: Path, model, optimizer) -> int:
+    """Set model and optimizer to the last checkpoint; forget log lines after it. Returns its step."""
     saved = sorted((run / "checkpoint").glob("step-*.pt"))
     if not saved:
         raise InputError(f"{run / 'checkpoint'}: no checkpoint to resume from; start without --resume")
     state = torch.load(saved[-1], map_location="cpu", weights_only=True, mmap=True)
     load_training_state(model, optimizer, state)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        rows = [row for row in read_jsonl(run / "metrics.jsonl") if row.get("step", 0) <= state["step"]]
+    if is_main():
+        rows = [row for row in read_jsonl(run / "metrics.jsonl") if row["step"] <= state["step"]]
         write_jsonl(run / "metrics.jsonl", rows)
-    return {name: value for name, value in state.items() if name not in ("model", "optimizer")}
+    return state["step"]
 
 
 def stop_signals():
@@ -1424,20 +1656,23 @@ def markdown_table(header, lines) -> str:
 class Run:
     """The books of a training run: folder, settings, metrics, samples, clock, checkpoints, stop signals.
 
-    It keeps books and nothing else: the loop calls it, it never calls the loop.
+    It keeps books and nothing else: the loop calls it, it never calls the loop. `step`: steps finished so far;
+    `history`: the lines of metrics.jsonl, the same on every rank but for the times.
     """
 
     def __init__(self, cfg, total: int, unit: str):
-        self.cfg, self.seconds = cfg, Counter()
+        self.cfg, self.seconds, self.step, self.history = cfg, Counter(), 0, []
         self.folder = open_run(cfg.out, cfg, resume=cfg.resume)
+        self.trackers = open_trackers(cfg, self.folder) if is_main() else []
         self.stopping = stop_signals()
         self.bar = tqdm(total=total, unit=unit, disable=not is_main())
 
-    def restore(self, model, optimizer, start: dict) -> dict:
-        """What to go on from beside weights and optimizer: with --resume that of the last checkpoint, else `start`."""
-        done = load_checkpoint(self.folder, model, optimizer) if self.cfg.resume else start
-        self.bar.initial = self.bar.n = done["step"]
-        return done
+    def restore(self, model, optimizer) -> None:
+        """With --resume: weights, optimizer, step and history of the last checkpoint."""
+        if self.cfg.resume:
+            self.step = load_checkpoint(self.folder, model, optimizer)
+            self.history = gather_objects(read_jsonl(self.folder / "metrics.jsonl") if is_main() else [])
+            self.bar.initial = self.bar.n = self.step
 
     @contextlib.contextmanager
     def clock(self, name: str):
@@ -1446,30 +1681,100 @@ class Run:
         yield
         self.seconds[name] += time.perf_counter() - began
 
-    def log(self, metrics: dict, lines=()) -> dict:
-        """Append a line to metrics.jsonl and write samples/step-N.jsonl; returns the line, times included."""
+    def log(self, metrics: dict, lines=()) -> None:
+        """Append a line, times included, to history, metrics.jsonl and trackers; write samples/step-N.jsonl."""
         row = {name: round(value, 6) if isinstance(value, float) else value for name, value in metrics.items()}
         row |= {f"time/{name}": round(seconds, 3) for name, seconds in self.seconds.items()}
         self.seconds.clear()
+        self.history.append(row)
+        self.step = row["step"]
         if is_main():
             append_jsonl(self.folder / "metrics.jsonl", row)
             if lines:
-                write_jsonl(self.folder / "samples" / f"step-{row['step']:06d}.jsonl", lines)
+                write_jsonl(self.folder / "samples" / f"step-{self.step:06d}.jsonl", lines)
+            numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+            for track in self.trackers:
+                track(numbers, self.step)
         self.bar.update()
-        return row
 
     def say(self, text: str) -> None:
         if is_main():
             self.bar.write(text)
 
-    def save_or_stop(self, model, optimizer, done: dict, regular: bool) -> None:
+    def keep_best(self, model, tokenizer, name: str) -> None:
+        """At a save: RUN/best becomes the model if the mean of a metric since the save before is the highest so far."""
+        size = self.cfg.save_every
+        values = [row[name] for row in self.history]
+        *earlier, last = [float(np.mean(values[i : i + size])) for i in range(0, len(values), size)]
+        if last > max(earlier, default=-np.inf):
+            write_model(model, tokenizer, self.folder / "best")
+
+    def save_or_stop(self, model, optimizer, save: bool) -> None:
         """A checkpoint if it is time for one, or if a signal came: then the run ends here. All ranks call."""
         keep_freed_memory(trim=True)
         stopping = self.stopping()
-        if regular or stopping:
-            save_checkpoint(self.folder, model, optimizer, done, keep=self.cfg.keep)
-        if stopping and done["step"] < self.bar.total:
+        if save or stopping:
+            save_checkpoint(self.folder, model, optimizer, self.step, keep=self.cfg.keep)
+        if stopping and self.step < self.bar.total:
             raise KeyboardInterrupt
+        if self.step == self.bar.total:
+            self.bar.close()
+
+
+def open_trackers(cfg, folder: Path) -> list:
+    """Functions (numbers by name, step) -> None that send a line of metrics to the trackers named in --log."""
+    trackers = []
+    for name in filter(None, cfg.log.split(",")):
+        try:
+            if name == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                writer = SummaryWriter(str(folder / "tensorboard"))
+                trackers.append(functools.partial(write_scalars, writer))
+            elif name == "wandb":
+                import wandb
+
+                wandb.init(project="raif", name=folder.name, dir=str(folder), config=vars(cfg))
+                trackers.append(wandb.log)
+            else:
+                raise InputError(f"--log {cfg.log}: {name!r} is unknown; give tensorboard, wandb, or both with a comma")
+        except ImportError as error:
+            raise InputError(f"--log {cfg.log}: {error}; pip install {name}, or leave --log out") from error
+    return trackers
+
+
+def write_scalars(writer, numbers: dict, step: int) -> None:
+    for name, value in numbers.items():
+        writer.add_scalar(name, value, step)
+    writer.flush()
+
+
+def show_samples(argv) -> None:
+    """--show RUN --step N [--id ID]: the rollouts of a step of grpo.py, group by group."""
+    parser = argparse.ArgumentParser(description=show_samples.__doc__)
+    parser.add_argument("--show", required=True, metavar="RUN")
+    parser.add_argument("--step", type=int, required=True)
+    parser.add_argument("--id", default="")
+    given = parser.parse_args(argv)
+    path = Path(given.show) / "samples" / f"step-{given.step:06d}.jsonl"
+    lines = [line for line in read_jsonl(path) if given.id in ("", line["id"])]
+    if not lines:
+        wrong = f"no rollout of {given.id}" if path.exists() else "is not there"
+        raise InputError(f"{path}: {wrong}; {given.show}/samples holds a file for each finished step")
+    group = ""
+    for line in lines:
+        if line["id"] != group:
+            group = line["id"]
+            print("=" * 100, f"step {given.step}, {group}: {line['prompt']}", sep="\n")
+        fate = f"not trained on: {line['why']}"
+        if line["kept"]:
+            fate = f"trained on with advantage {line['advantage']:+.2f}"
+        print("-" * 100)
+        print(f"{line['mode']}: reward {line['reward']:+.2f} = format {line['format']:+.0f}, accuracy "
+              f"{line['accuracy']:+.2f}; {fate}")
+        for constraint in line["constraints"]:
+            print("  [x]" if constraint["met"] else "  [ ]", constraint["text"])
+        print(line["text"])
 
 
 def pyplot():

@@ -1,4 +1,4 @@
-"""model.Endpoint and rewards.EndpointJudge against a loopback server that fails as real ones do."""
+"""model.Endpoint and model.EndpointJudge against a loopback server that fails as real ones do."""
 
 import json
 import os
@@ -14,7 +14,8 @@ import pytest
 from conftest import JsonHandler, serving
 
 import model as m
-from rewards import EndpointJudge, InputError
+from model import EndpointJudge
+from rewards import InputError
 
 
 @pytest.mark.parametrize("given, name, url", [

@@ -4,7 +4,6 @@ import pytest
 import torch
 from conftest import make_records, math_records, run_stage, write_records
 
-import grpo
 import model as m
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -34,10 +33,10 @@ def test_rollouts_carry_the_trainers_logprobs(tiny):
     groups = engine.generate([[5, 6, 7], [8, 9]], n=4, max_tokens=12, seeds=[1, 2])
     again = engine.generate([[5, 6, 7], [8, 9]], n=4, max_tokens=12, seeds=[1, 2])
     assert [[c.token_ids for c in group] for group in groups] == [[c.token_ids for c in group] for group in again]
-    made = [grpo.Rollout("cot", m.Sequence([5, 6, 7] + c.token_ids, 3), c.text, c.finish_reason, c.logprobs)
+    made = [m.Sequence([5, 6, 7] + c.token_ids, 3, sampled_logp=c.logprobs)
             for c in groups[0]]
-    grpo.store_old_logprobs(policy, [rollout.sequence for rollout in made], grpo.Config(), torch.bfloat16)
-    assert grpo.engine_mismatch([grpo.Group({}, made)])["rollout/engine_gap"] < 0.05
+    m.store_logprobs(policy, m.micro_batches(made, 1024), torch.bfloat16)
+    assert m.engine_gap(made)["rollout/engine_gap"] < 0.05
 
 
 @pytest.mark.parametrize("flags", [[], ["--shard", "--activation-checkpointing"], ["--shard", "--offload", "all"]])

@@ -1,5 +1,6 @@
 """grpo.py: the objective against its formulas, the reward path, data order, parallel runs, resuming, learning."""
 
+import copy
 import json
 import math
 import os
@@ -111,12 +112,13 @@ def test_variants_of_the_loss(tensors):
         per_token = -torch.minimum(ratio * advantages[:, None], ratio.clamp(0.8, 1 + high) * advantages[:, None])
         sums_B = (per_token * mask).sum(1)
         variants = {  # DAPO: every token counts the same; Dr. GRPO: a constant in place of the row's length
-            "grpo": (dict(), (sums_B / mask.sum(1).clamp(min=1)).sum() / 5),
-            "dapo": (dict(row_length=1, normalizer=sum(lengths)), sums_B.sum() / sum(lengths)),
-            "dr_grpo": (dict(row_length=64), sums_B.sum() / 64 / 5),
+            "grpo": (sums_B / mask.sum(1).clamp(min=1)).sum() / 5,
+            "dapo": sums_B.sum() / sum(lengths),
+            "dr_grpo": sums_B.sum() / 64 / 5,
         }
-        for settings, expected in variants.values():
-            loss, _ = grpo.grpo_loss(logp, old, ref, advantages, mask, kl_coef=0, clip_high=high, **settings)
+        for variant, expected in variants.items():
+            weights = grpo.token_weights(mask, variant, 5, sum(lengths), 64)
+            loss, _ = grpo.grpo_loss(logp, old, ref, advantages, mask, kl_coef=0, clip_high=high, weights_BT=weights)
             torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -161,6 +163,14 @@ class ScriptedEngine:
     def __init__(self, reasoning, direct):
         self.texts = [reasoning, direct]
 
+    def wake(self):
+        pass
+
+    sleep = wake
+
+    def sync(self, model):
+        pass
+
     def generate(self, prompts, *, n, max_tokens, temperature, stop, seeds):
         assert len(prompts) == len(n) == len(seeds) == len(set(seeds))
         texts = iter(self.texts * len(prompts))
@@ -169,9 +179,8 @@ class ScriptedEngine:
 
 def scored(tiny, reasoning, direct, record=RECORD, **settings):
     cfg = grpo.Config(group=len(reasoning), direct=len(direct), **settings)
-    tokenizer = m.load_model(str(tiny))[1]
-    groups = grpo.rollout(ScriptedEngine(reasoning, direct), tokenizer, [record], 0, cfg)
-    lines = judged(groups, cfg)
+    records = grpo.render([dict(record)], m.load_model(str(tiny))[1], cfg)
+    lines = judged(grpo.rollout(ScriptedEngine(reasoning, direct), None, records, 0, cfg), cfg)
     return [s for s in lines if s["mode"] == "cot"], [s for s in lines if s["mode"] == "direct"]
 
 
@@ -179,7 +188,7 @@ def judged(groups, cfg):
     """The sample lines of scored groups: what the trainer writes down of each rollout."""
     grpo.score_groups(groups, None, cfg)
     grpo.assign_advantages(groups, cfg)
-    return [line for group in groups for line in grpo.sample_lines(group)]
+    return grpo.sample_lines(groups)
 
 
 def test_rewards_through_the_real_path(tiny):
@@ -233,9 +242,10 @@ def test_a_rollout_that_hits_the_limit_is_flagged_and_each_step_has_seeds_of_its
             groups = super().generate(prompts, seeds=seeds, **settings)
             return [[m.Completion(c.token_ids, c.text, "length", c.logprobs) for c in group] for group in groups]
 
-    cfg, tokenizer = grpo.Config(group=2, direct=1), m.load_model(str(tiny))[1]
-    groups = grpo.rollout(Cut([PERFECT, HALF], ["tea"]), tokenizer, [RECORD], 0, cfg)
-    grpo.rollout(Cut([PERFECT, HALF], ["tea"]), tokenizer, [RECORD], 1, cfg)
+    cfg = grpo.Config(group=2, direct=1)
+    records = grpo.render([dict(RECORD)], m.load_model(str(tiny))[1], cfg)
+    groups = grpo.rollout(Cut([PERFECT, HALF], ["tea"]), None, records, 0, cfg)
+    grpo.rollout(Cut([PERFECT, HALF], ["tea"]), None, records, 1, cfg)
     assert not set(Cut.seen[0]) & set(Cut.seen[1])
     samples = judged(groups, cfg)
     assert all("truncated" in s["guards"] for s in samples)
@@ -254,8 +264,8 @@ def test_cloning_is_the_mean_of_row_means_times_lambda(tiny):
     (0.25 * expected).backward()
     by_hand = torch.cat([p.grad.flatten() for p in policy.parameters()])
     policy.zero_grad()
-    loss = grpo.cloning_backward(policy, rows, 2, grpo.Config(bc_coef=0.25), torch.float32)
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    totals = grpo.cloning_backward(policy, rows, grpo.Config(bc_coef=0.25, bc_batch=2), torch.float32)
+    assert totals["bc_loss"] == pytest.approx(expected.item(), rel=1e-5)
     gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
     torch.testing.assert_close(gradient, by_hand, rtol=1e-4, atol=1e-7)
 
@@ -275,21 +285,25 @@ def test_variants_of_reward_and_advantage(tiny):
         assert metrics["reward/all_met"] == pytest.approx(1 / 3) and metrics["reward/all_met_direct"] == 0
 
 
-def test_code_only_leaves_out_judged_constraints():
+def test_code_only_switches_judge_constraints_off_and_looks_through_them(tiny):
+    """A constraint that depends on a judged one is left with what the judged one depends on."""
     judged = {"kind": "judge", "question": "Is it?", "text": "Be nice.", "depends_on": [0], "active": True}
     first, second = RECORD["constraints"]
     record = {**RECORD, "constraints": [first, judged, {**second, "depends_on": [1]}]}
-    got = grpo.code_only(record)["constraints"]
-    assert [(c["id"], c["depends_on"]) for c in got] == [(first["id"], []), (second["id"], [0])]
-    assert grpo.code_only({**record, "constraints": [judged | {"depends_on": []}]})["constraints"] == []
+    alone = {**RECORD, "id": "r2", "constraints": [judged | {"depends_on": []}]}
+    [usable] = grpo.code_only(copy.deepcopy([record, alone]))
+    assert usable["id"] == "r1" and record["constraints"][1]["active"]
+    reasoning, _ = scored(tiny, [PERFECT, HALF, NONE, PERFECT.replace("green", "Green")], ["green tea"], usable)
+    assert [s["verdicts"] for s in reasoning] == [[True, True], [True, False], [False, False], [False, False]]
+    assert [c["text"] for c in reasoning[0]["constraints"]] == [first["text"], second["text"]]
 
 
 def test_math_takes_all_rollouts_with_reasoning_and_is_never_skipped(tiny):
     record = math_records(1)[0]
     cfg = grpo.Config(group=2, direct=1)
-    tokenizer = m.load_model(str(tiny))[1]
+    records = grpo.render([record], m.load_model(str(tiny))[1], cfg)
     engine = ScriptedEngine(["x\n</think>\n<answer>\n\\boxed{1}\n</answer>", "\\boxed{7}", "no box"], [])
-    samples = judged(grpo.rollout(engine, tokenizer, [record], 0, cfg), cfg)
+    samples = judged(grpo.rollout(engine, None, records, 0, cfg), cfg)
     assert [s["reward"] for s in samples] == [3.0, -2.5, -3.0]
     assert all(s["mode"] == "cot" and s["kept"] for s in samples)
 
@@ -387,12 +401,13 @@ def gradient(dtype, micro_tokens, sharded=False):
         prompt = [i // 4, 7, 9, i // 4][: 2 + i // 4]
         response = [rng.randrange(64) for _ in range(rng.randrange(3, 25))]
         rows.append(m.Sequence(prompt + response, len(prompt), rng.uniform(-2, 2)))
-    cfg = grpo.Config(kl_coef=0.1, micro_tokens=micro_tokens)
-    grpo.store_old_logprobs(reference, rows[::2], cfg, dtype)
+    cfg = grpo.Config(kl_coef=0.1, micro_tokens=micro_tokens, bc_batch=5)
     # rows with and without stored log-probabilities come from different updates
-    for part in (rows[::2], rows[1::2]):
-        grpo.policy_backward(policy, reference, part[rank::world], len(part), cfg, dtype)
-    grpo.cloning_backward(policy, rows[rank:5:world], 5, cfg, dtype)
+    updates = [grpo.Update(part[rank::world], len(part), 0) for part in (rows[::2], rows[1::2])]
+    grpo.store_old_logprobs(reference, updates[:1], cfg, dtype)
+    for update in updates:
+        grpo.policy_backward(policy, reference, update, cfg, dtype)
+    grpo.cloning_backward(policy, rows[rank:5:world], cfg, dtype)
     if sharded:
         return torch.cat([p.grad.full_tensor().flatten() for p in policy.parameters()])
     for p in policy.parameters():
@@ -476,8 +491,8 @@ def test_a_sharded_run_takes_the_same_steps_and_resumes_on_another_number_of_ran
     m.load_model(str(tmp_path / "two" / "model"))
     # go on from two sharded ranks with one that is not sharded: steps 4 and 5 are those of the uninterrupted run
     flags[5] = 5
-    run_stage("grpo.py", *flags, "--lr-horizon", 6, "--out", tmp_path / "two", "--resume")
-    run_stage("grpo.py", *flags, "--lr-horizon", 6, "--out", tmp_path / "one", "--resume")
+    for out in ("two", "one"):
+        run_stage("grpo.py", *flags, "--lr-horizon", 6, "--out", tmp_path / out, "--resume", "--force")
     expected, got = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(torch.allclose(expected[name], got[name], atol=1e-4) for name in expected)
 
@@ -539,7 +554,11 @@ def test_killed_and_resumed_equals_uninterrupted(stage, tiny, toy_data, tmp_path
         assert process.poll() is None, "finished before it could be killed"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    run_stage(*command, "--out", killed, "--resume")
+    # Resumed by --out alone: everything else is in config.json; another seed would be another run.
+    refused = run_stage(command[0], "--out", killed, "--resume", "--seed", 5, check=False)
+    assert refused.returncode == 2 and "--seed 5 would change the course" in refused.stderr
+    resumed = run_stage(command[0], "--out", killed, "--resume", "--keep", 2)
+    assert "--keep is now 2, was 1" in resumed.stderr
     expected, got = weights(tmp_path / "straight"), weights(killed)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     steps = [row["step"] for row in m.read_jsonl(killed / "metrics.jsonl")]
@@ -601,7 +620,8 @@ def toy_task(nouns, count, seed, broken=0.0):
 def all_met(folder, records):
     model, tokenizer = m.load_model(str(folder))
     cfg = grpo.Config(group=2, direct=0, max_new_tokens=64, superior_cot=False)
-    lines = judged(grpo.rollout(m.make_engine("hf", model, tokenizer), tokenizer, records, 0, cfg), cfg)
+    records = grpo.render(records, tokenizer, cfg)
+    lines = judged(grpo.rollout(m.make_engine("hf", model, tokenizer), model, records, 0, cfg), cfg)
     return sum(line["accuracy"] == 2 for line in lines) / len(lines)
 
 

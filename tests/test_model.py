@@ -1,6 +1,5 @@
 """model.py: log-probabilities, the rollout engine, prompts, settings and run folders."""
 
-import math
 import os
 import re
 import subprocess
@@ -14,7 +13,9 @@ import pytest
 import torch
 from conftest import CHATML, ROOT, build_model, double, make_records, run_stage, write_records
 
+import grpo
 import model as m
+import sft
 from rewards import InputError
 
 ROWS = [([5, 9, 3, 7, 11, 2, 8], 3), ([4, 6, 10], 2), ([12, 13, 14, 15, 16], 1)]  # (token ids, response start)
@@ -273,8 +274,10 @@ def test_record_seeds_depend_on_run_step_and_record_only():
 
 @dataclass
 class Settings:
+    # what it is
     name: str = "x"  # a name
     rate: float = 0.5  # a rate in %
+    # how it is done
     fast: bool = True  # a switch
     kind: Literal["a", "b"] = "a"  # a choice
 
@@ -287,9 +290,78 @@ def test_flags_come_from_the_dataclass(capsys):
     )
     with pytest.raises(SystemExit):
         m.parse_flags(Settings, ["--help"], presets)
-    assert "a rate in %" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    places = [text.index(part) for part in ("what it is:", "a rate in %", "how it is done:", "a switch")]
+    assert places == sorted(places)
     with pytest.raises(SystemExit):
         m.parse_flags(Settings, ["--kind", "c"], presets)
+
+
+def test_a_resumed_run_keeps_its_settings(tmp_path, capsys):
+    """Also those of a preset; what moves only costs or books may change, what moves the course needs --force."""
+    run = m.open_run(tmp_path / "run", sft.Config(out=str(tmp_path / "run"), lr=0.5, epochs=7, force=True))
+    given = ["--out", run, "--resume"]
+    cfg = m.parse_flags(sft.Config, given, sft.PRESETS)
+    assert (cfg.lr, cfg.epochs, cfg.resume, cfg.force) == (0.5, 7, True, False)
+    cfg = m.parse_flags(sft.Config, [*given, "--micro-tokens", 99], sft.PRESETS)
+    assert cfg.micro_tokens == 99 and "--micro-tokens is now 99, was 1024" in capsys.readouterr().err
+    for change in (["--lr", 0.1], ["--preset", "paper"]):
+        with pytest.raises(InputError, match="would change the course of this run"):
+            m.parse_flags(sft.Config, [*given, *change], sft.PRESETS)
+    assert m.parse_flags(sft.Config, [*given, "--lr", 0.1, "--force"], sft.PRESETS).lr == 0.1
+    with pytest.raises(InputError, match="no run to resume"):
+        m.parse_flags(sft.Config, ["--out", tmp_path / "other", "--resume"], sft.PRESETS)
+
+
+class Books(SimpleNamespace):
+    """Settings of a run that keeps books only."""
+
+    defaults = dict(resume=False, save_every=2, keep=1, log="")
+
+    def __init__(self, out, **settings):
+        super().__init__(out=str(out), **{**self.defaults, **settings})
+
+
+def test_the_best_span_between_saves_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(m.dataclasses, "asdict", vars)
+    written = []
+    monkeypatch.setattr(m, "write_model", lambda model, tokenizer, folder: written.append(len(run.history)))
+    run = m.Run(Books(tmp_path / "run"), 6, "step")
+    for step, reward in enumerate([1.0, 1.0, -1.0, 2.0, 2.0, 2.0], 1):  # means 1, 0.5 and 2
+        run.log({"step": step, "reward/mean": reward})
+        if step % 2 == 0:
+            run.keep_best(None, None, "reward/mean")
+    assert written == [2, 6]
+
+
+def test_trackers_get_the_numbers_of_each_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(m.dataclasses, "asdict", vars)
+    with pytest.raises(InputError, match="'mlflow' is unknown; give tensorboard, wandb"):
+        m.Run(Books(tmp_path / "run", log="mlflow"), 6, "step")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match="pip install wandb, or leave --log out"):
+        m.Run(Books(tmp_path / "run", log="wandb"), 6, "step")
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install tensorboard)")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = m.Run(Books(tmp_path / "tb", log="tensorboard"), 2, "step")
+    for step in (1, 2):
+        run.log({"step": step, "reward/mean": 0.5 * step, "rollout/guards": {}, "reward/math_correct": None})
+    events = EventAccumulator(str(tmp_path / "tb" / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(1, 0.5), (2, 1.0)]
+    assert "rollout/guards" not in events.Tags()["scalars"]
+
+
+def test_wandb_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed (pip install wandb)")
+    monkeypatch.setattr(m.dataclasses, "asdict", vars)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = m.Run(Books(tmp_path / "run", log="wandb"), 2, "step")
+    run.log({"step": 1, "reward/mean": 0.5})
+    run.log({"step": 2, "reward/mean": 0.7})  # wandb closes a step when the next one begins
+    assert wandb.run.summary["reward/mean"] == 0.5
+    wandb.finish()
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
 
 
 def test_missing_model_is_one_line(tmp_path):
@@ -345,13 +417,14 @@ def test_a_gradient_that_is_not_finite_is_dumped_and_the_third_in_a_row_ends_the
         model.weight.grad = torch.full_like(model.weight, value)
         part = m.take_gradients(model)  # of the weights; the bias has none, which counts as zeros
         assert part[0] == pytest.approx(abs(value) * 2**0.5, nan_ok=True) and model.weight.grad is None
-        norms = m.optimizer_step(model, optimizer, {"all": part}, number, [m.Sequence([number, 7], 1)], tmp_path)
-        assert norms["grad_norm"] == pytest.approx(norms["grad_norm_all"], nan_ok=True)
-        return norms["grad_norm"]
+        return m.optimizer_step(model, optimizer, {"all": part}, number, [m.Sequence([number, 7], 1)], tmp_path)
 
-    assert not math.isfinite(update(0, float("nan"))) and model.weight.grad is None
+    assert update(0, float("nan")) == {"nonfinite": 1} and model.weight.grad is None
     assert torch.equal(model.weight, before)
-    assert update(1, 3.0) == pytest.approx(3 * 2**0.5) and not torch.equal(model.weight, before)
+    norms = update(1, 3.0)
+    norm = pytest.approx(3 * 2**0.5)
+    assert norms == {"grad_norm": norm, "grad_norm_all": norm, "trained": 2}
+    assert not torch.equal(model.weight, before)
     update(2, float("inf"))
     update(3, float("nan"))
     with pytest.raises(InputError, match="3 updates in a row"):
@@ -377,12 +450,12 @@ def test_the_last_checkpoints_stay_and_the_log_goes_back_to_them(tmp_path):
     for step in range(1, 5):
         model(torch.ones(2)).sum().backward()
         optimizer.step()
-        m.save_checkpoint(tmp_path, model, optimizer, {"step": step, "best": 0.5}, keep=2)
+        m.save_checkpoint(tmp_path, model, optimizer, step, keep=2)
         m.append_jsonl(tmp_path / "metrics.jsonl", {"step": step})
     m.append_jsonl(tmp_path / "metrics.jsonl", {"step": 5})
     assert sorted(f.name for f in (tmp_path / "checkpoint").iterdir()) == ["step-000003.pt", "step-000004.pt"]
     other = torch.nn.Linear(2, 2)
-    assert m.load_checkpoint(tmp_path, other, torch.optim.AdamW(other.parameters())) == {"step": 4, "best": 0.5}
+    assert m.load_checkpoint(tmp_path, other, torch.optim.AdamW(other.parameters())) == 4
     assert torch.equal(other.weight, model.weight)
     assert [row["step"] for row in m.read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
@@ -407,14 +480,16 @@ def test_a_copy_in_bf16_keeps_the_rotary_frequencies(loaded):
 
 
 def test_the_plan_follows_shapes_and_flags(loaded):
-    def in_all(**settings):
-        text = m.training_plan(loaded[0], dtype=torch.float32, trained_tokens=100, rollout_tokens=100, **settings)
+    def in_all(config=grpo.Config, **settings):
+        text = m.training_plan(loaded[0], config(**settings), torch.float32)
         return text, float(re.search(r"in all +([\d.]+) GB", text)[1])
 
-    text, plain = in_all()
+    text, plain = in_all(kl_coef=0, bc_coef=0)
     assert "s rollout and" in text and "reference" not in text
-    assert in_all(reference=True, engine="hf")[1] >= plain and in_all(micro_tokens=100_000)[1] > 1.5 * plain
-    assert in_all(micro_tokens=100_000, checkpointing=True)[1] < in_all(micro_tokens=100_000)[1]
+    assert in_all()[1] >= plain and "reference" in in_all()[0]
+    assert in_all(micro_tokens=100_000)[1] > 1.5 * plain
+    assert in_all(micro_tokens=100_000, activation_checkpointing=True)[1] < in_all(micro_tokens=100_000)[1]
+    assert "rollout" not in in_all(sft.Config)[0]
 
 
 @pytest.mark.parametrize("stage", ["sft.py", "grpo.py"])
@@ -447,7 +522,7 @@ def test_the_parts_of_a_gradient_add_up_before_the_norm_is_clipped(tmp_path):
         model.weight.grad = torch.tensor([gradient])
         parts[name] = m.take_gradients(model)
     norms = m.optimizer_step(model, optimizer, parts, 0, [], tmp_path)
-    assert norms == {"grad_norm": 5.0, "grad_norm_a": 3.0, "grad_norm_b": 4.0} and not parts
+    assert norms == {"grad_norm": 5.0, "grad_norm_a": 3.0, "grad_norm_b": 4.0, "trained": 0} and not parts
     torch.testing.assert_close(before - model.weight, torch.tensor([[0.6, 0.8]]))  # clipped to 1
 
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from conftest import last_step, run_stage
+from conftest import ROOT, last_step, run_stage
 
 import model as m
 from rewards import read_records
@@ -47,8 +47,10 @@ def test_all_stages_on_a_tiny_model(tiny, tmp_path):
     assert last["loss/grad_norm_policy"] > 0 and last["loss/grad_norm_bc"] > 0
     assert 4 < last["rollout/entropy"] < 7  # of 512 tokens; ln 512 = 6.2
     explained = {row["name"] for row in json.loads((m.data_dir / "metrics.json").read_text("utf-8"))}
-    assert {name.removesuffix("_before") for name in last if name != "step"} == explained
-    assert "| rollout/entropy |" in run_stage("grpo.py", "--help", "metrics").stdout
+    logged = last.keys() | m.read_jsonl(tmp_path / "sft/metrics.jsonl")[-1].keys()
+    assert {name.removesuffix("_before") for name in logged - {"step", "epoch", "kept"}} == explained
+    table = run_stage("grpo.py", "--help", "metrics").stdout
+    assert "| rollout/entropy |" in table and table.strip() in (ROOT / "README.md").read_text("utf-8")
     first = m.read_jsonl(tmp_path / "grpo/metrics.jsonl")[0]  # a point before training and one at each save
     assert first["dev/slips_before"] > 0 and "dev/slips" not in first and 0 <= last["dev/all_met"] <= 1
 

@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import model as m  # noqa: E402
-from rewards import LocalJudge, parse_response, read_records  # noqa: E402
+from rewards import parse_response, read_records  # noqa: E402
 
 QUESTIONS = ["Does the reply stay on the topic of the request?", "Is the tone of the reply polite and friendly?",
              "Is the reply free of repetition?", "Does the reply give a concrete detail or example?",
@@ -38,8 +38,8 @@ def main():
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--questions", type=int, default=5, choices=range(1, 6))
     args = parser.parse_args()
-    judge = LocalJudge(*m.load_model(args.model))
-    records = [r for r in read_records(ROOT / "data" / "train.jsonl") if r["task"] == "instruction" and r.get("expert")]
+    judge = m.LocalJudge(*m.load_model(args.model))
+    records = [r for r in read_records(ROOT / "data" / "teacher.jsonl") if r.get("expert")]
     items = [(r["messages"][-1]["content"], parse_response(r["expert"]).answer, question)
              for r in records for question in QUESTIONS[: args.questions]][: args.items]
     chunk, seconds, differing, yes = 8 * args.questions, {"fast": 0.0, "slow": 0.0}, 0, 0

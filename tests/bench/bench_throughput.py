@@ -85,7 +85,7 @@ def update(policy, reference, optimizer, rows, cfg, dtype) -> float:
     for row in rows:
         row.old_logp = None
     began = wait()
-    grpo.policy_backward(policy, reference, rows, len(rows), cfg, dtype)
+    grpo.policy_backward(policy, reference, grpo.Update(rows, len(rows), 0), cfg, dtype)
     m.optimizer_step(policy, optimizer, {"policy": m.take_gradients(policy)}, 0, [], Path("."))
     return wait() - began
 

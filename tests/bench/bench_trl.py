@@ -57,7 +57,7 @@ class Ours:
         wanted = iter(lengths(self.mixed))
         rows = [m.Sequence(prompt + c.token_ids[: next(wanted)], len(prompt), (-1.0) ** i)
                 for prompt, group in zip(self.prompts, groups, strict=True) for i, c in enumerate(group)]
-        grpo.policy_backward(self.policy, self.reference, rows, len(rows), grpo.Config(), self.dtype)
+        grpo.policy_backward(self.policy, self.reference, grpo.Update(rows, len(rows), 0), grpo.Config(), self.dtype)
         m.optimizer_step(self.policy, self.optimizer, {"policy": m.take_gradients(self.policy)}, 0, [], Path("."))
         self.times.append((middle - began, time.perf_counter() - middle))
 
@@ -118,7 +118,7 @@ def our_gradient(model, batch):
         prompt = batch["prompt_ids"][b][batch["prompt_mask"][b].bool()].tolist()
         response = batch["completion_ids"][b][batch["completion_mask"][b].bool()].tolist()
         rows.append(m.Sequence(prompt + response, len(prompt), batch["advantages"][b].item()))
-    grpo.policy_backward(model, model, rows, len(rows), grpo.Config(), m.compute_dtype("auto"))
+    grpo.policy_backward(model, model, grpo.Update(rows, len(rows), 0), grpo.Config(), m.compute_dtype("auto"))
     gradient = flat_gradient(model)
     model.zero_grad(set_to_none=True)
     return gradient
