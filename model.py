@@ -159,7 +159,7 @@ def launch(main):
               "files already there are complete", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command with --resume continues (evolve.py and evaluate.py go on without it)",
+        print("stopped; the same command with --resume continues (evolve.py and evaluate.py continue without it)",
               file=sys.stderr)
         sys.exit(130)
     finally:
@@ -427,7 +427,7 @@ def _convert_smollm2(gguf: Path, target: Path) -> None:
 
 
 def write_model(model, tokenizer, folder: Path) -> None:
-    """A Hugging Face folder, complete or not there at all: written beside its place, then renamed. All ranks call."""
+    """A Hugging Face folder, complete or not there at all: written next to its place, then renamed. All ranks call."""
     state = training_state(model)["model"]
     if dist.is_initialized() and dist.get_rank():
         return
@@ -728,7 +728,7 @@ def keep(items: list, wanted, what: str) -> list:
 
 
 def common_prefix(rows: list[list[int]]) -> int:
-    """How many tokens the rows have in common at their beginning."""
+    """Length of the prefix that all rows share, in tokens."""
     first, last = min(rows), max(rows)
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
@@ -802,7 +802,7 @@ class Completion:
 
 
 def make_engine(backend: str, model, tokenizer, *, dtype=None, own_copy=False, source="", max_length=0, share=0.4):
-    """A rollout engine: "hf" runs in this process on any device, "vllm" beside the trainer on each GPU of torchrun.
+    """A rollout engine: "hf" runs in this process on any device, "vllm" alongside the trainer on each GPU of torchrun.
 
     own_copy: the trainer's model is about to be sharded. The rest is for vllm: `source` is the model's name or folder,
     `max_length` the longest prompt + response, `share` vllm's part of the device memory.
@@ -1426,7 +1426,7 @@ def read_verdict(completion) -> bool | None:
     text = (completion.text or "").rpartition("</think>")[2].lower().replace("是否", "")  # "whether" is no answer
     words = re.findall(r"\b(?:yes|no)\b|不是|[是否]", text)
     if re.match(r"\W*(?:yes|no|是|否|不是)(?![a-z])", text):
-        words = words[:1]  # a reply that opens with the verdict may go on to explain it
+        words = words[:1]  # a reply that opens with the verdict may explain it afterwards
     said = {word in ("yes", "是") for word in words}
     return said.pop() if len(said) == 1 else None
 
@@ -1546,7 +1546,7 @@ def records_path(given: str, default: str, shipped: str) -> Path:
 
 
 def write_atomic(path: str | Path, text: str | bytes) -> None:
-    """Write beside the target, then rename: a reader sees the old file or the new one, never a part."""
+    """Write next to the target, then rename: a reader sees the old file or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")  # two may write the same file

@@ -470,13 +470,23 @@ def test_two_processes_take_the_same_steps_as_one(tiny, toy_data, tmp_path):
 
 def test_a_second_update_is_off_policy_at_the_sampling_temperature(tiny, toy_data, tmp_path):
     flags = ["--model", tiny, "--records", toy_data, "--steps", 1, *FAST, "--temperature", 0.7, "--max-new-tokens", 24]
-    flags += ["--updates", 2, "--lr", 0.05, "--warmup", 0.0, "--lr-horizon", 4, "--advantage", "none"]
+    flags += ["--updates", 3, "--lr", 0.05, "--warmup", 0.0, "--lr-horizon", 4, "--advantage", "none"]
     run_stage("grpo.py", *flags, "--out", tmp_path / "run")
     [row] = m.read_jsonl(tmp_path / "run" / "metrics.jsonl")
     # The policy has moved after the first update: ratios to the stored log-probabilities leave the clip range.
     assert row["loss/clip_share"] > 0
     assert row["rollout/engine_gap_max"] < 1e-3  # the trainer's log-probabilities are those of the sampling temperature
-    assert row["loss/lr"] == pytest.approx(0.05 * m.warmup_cosine(1, 4, 0.0, 0.1))  # of update 1, the second
+    # Every update clones other experts: together with the rollouts they are the tokens that were trained on.
+    cfg = grpo.Config(model=str(tiny), records=str(toy_data), prompts=2, bc_batch=2)
+    pools = grpo.load_pools(cfg, m.load_model(str(tiny))[1])
+    prompts = {record["id"]: len(record["prompts"]["cot"].ids) for record in pools["instruction"] + pools["math"]}
+    samples = m.read_jsonl(tmp_path / "run" / "samples" / "step-000001.jsonl")
+    rollouts = sum(prompts[s["id"]] + s["tokens"] for s in samples if s["kept"])
+    experts = [expert for number in range(3) for expert in grpo.experts_of_update(pools, number, cfg)]
+    assert len({tuple(expert.ids) for expert in experts}) == 6
+    assert row["loss/tokens"] == rollouts + sum(len(expert.ids) for expert in experts)
+    # Of update 2, the third: the schedule counts updates, not steps.
+    assert row["loss/lr"] == pytest.approx(0.05 * m.warmup_cosine(2, 4, 0.0, 0.1))
 
 
 def test_a_sharded_run_takes_the_same_steps_and_resumes_on_another_number_of_ranks(tiny, toy_data, tmp_path):
