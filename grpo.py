@@ -647,7 +647,7 @@ def main(argv=None):
         # 4. Books: a line of metrics, every rollout with its verdicts and fate, the best model, a checkpoint.
         lines, save = sample_lines(groups), (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
         metrics = {"step": step + 1, **rollout_metrics(lines), **update_metrics(totals, updates, cfg),
-                   "loss/lr": optimizer.param_groups[0]["lr"]}
+                   **m.judge_counts(judge), "loss/lr": optimizer.param_groups[0]["lr"]}
         metrics |= {f"{name}_before": value for name, value in before.items()}
         if save:
             with run.clock("dev"):

@@ -1157,7 +1157,8 @@ class Endpoint:
     At most `concurrency` requests are under way. 408, 409, 429, 5xx, timeouts, broken connections and replies that are
     not what the protocol says are tried again, `max_retries` times with growing pauses; then InputError. A finished
     reply is stored under `cache` by the hash of model and full request, so a second run asks nothing twice.
-    skip_refused: a request answered with 400 or 422 (too long, content filter) gets a blank reply instead of an error.
+    skip_refused: a request answered with 400, 413 or 422 (too long, content filter) gets a blank reply, finish reason
+    "refused", instead of an error. The environment's OPENAI_API_KEY is sent to whatever server `base_url` names.
     """
 
     def __init__(self, base_url: str, model: str, *, api_key: str = "", concurrency: int = 16, timeout: float = 120.0,
@@ -1206,7 +1207,7 @@ class Endpoint:
                 break
             except (OpenAIError, ValueError) as error:
                 status = getattr(error, "status_code", None)
-                if self.skip_refused and status in (400, 422):
+                if self.skip_refused and status in (400, 413, 422):
                     blank = {"token_ids": [], "text": "", "finish_reason": "refused", "reasoning": str(error)[:500]}
                     return {"choices": [blank] * request["n"]}
                 if status is not None and status not in (408, 409, 429) and status < 500:
@@ -1222,24 +1223,35 @@ class Endpoint:
 
     def _ask(self, request: dict) -> dict:
         reply = self.client.chat.completions.create(model=self.model, **request)
-        answered = [choice for choice in getattr(reply, "choices", None) or [] if choice.message]
-        if len(answered) != request["n"]:
-            raise ValueError(f"{len(answered)} choices for n = {request['n']}")
-        choices = []
-        for choice in answered:
-            content = choice.logprobs.content if choice.logprobs else None
-            choices.append({
-                "token_ids": [],  # chat servers send text
-                "text": (choice.message.content or "").encode(errors="replace").decode(),  # half an emoji is no UTF-8
-                "finish_reason": "length" if choice.finish_reason == "length" else "stop",
-                "logprobs": [token.logprob for token in content] if content else None,
-                "top_logprobs": [{top.token: top.logprob for top in token.top_logprobs} for token in content]
-                if content else None,
-                "reasoning": getattr(choice.message, "reasoning_content", None)
-                or getattr(choice.message, "reasoning", None) or "",
-            })
-        usage = getattr(reply, "usage", None)  # not all servers count
-        return {"choices": choices, "usage": {name: getattr(usage, name, 0) or 0 for name in self.tokens}}
+        answered = getattr(reply, "choices", None)
+        if not isinstance(answered, list) or len(answered) != request["n"]:
+            raise ValueError(f"choices {answered!r:.100} for n = {request['n']}")
+        usage = {}
+        for name in self.tokens:
+            count = getattr(getattr(reply, "usage", None), name, 0)  # not all servers count
+            usage[name] = count if isinstance(count, int) else 0
+        return {"choices": [read_choice(choice) for choice in answered], "usage": usage}
+
+
+def read_choice(choice) -> dict:
+    """The fields of a Completion from one choice of a chat reply; ValueError where they are not what the protocol says.
+
+    The client library checks no types, so that whatever JSON a server sends gets this far.
+    """
+    message = getattr(choice, "message", None)
+    content = getattr(message, "content", 0)
+    if content is not None and not isinstance(content, str):
+        raise ValueError(f"a choice without a message or with content that is no text: {choice!r:.100}")
+    thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+    tokens = getattr(choice.logprobs, "content", None) or []
+    return {
+        "token_ids": [],  # chat servers send text
+        "text": (content or "").encode(errors="replace").decode(),  # half an emoji is no UTF-8
+        "finish_reason": "length" if choice.finish_reason == "length" else "stop",
+        "logprobs": [token.logprob for token in tokens] or None,
+        "top_logprobs": [{top.token: top.logprob for top in token.top_logprobs or []} for token in tokens] or None,
+        "reasoning": thought if isinstance(thought, str) else "",
+    }
 
 
 class LocalChat:
@@ -1319,13 +1331,24 @@ def open_chat(name: str, *, precision: str = "auto", cache: str | Path | None = 
 
 
 def make_judge(name: str, *, precision: str = "auto", cache: str | Path | None = None):
-    """The judge of semantic constraints, NAME[@URL]; None for an empty name. A served judge's replies go to `cache`."""
+    """The judge of semantic constraints, NAME[@URL]; None for an empty name. A served judge's replies go to `cache`.
+
+    What a server refuses (a prompt too long for it) is an unreadable verdict, so that it cannot end a run.
+    """
     if not name:
         return None
     model, url = split_address(name)
     if url:
-        return EndpointJudge(Endpoint(url, model, cache=cache, top_logprobs=5, progress="judge").chat)
+        endpoint = Endpoint(url, model, cache=cache, top_logprobs=5, progress="judge", skip_refused=True)
+        return EndpointJudge(endpoint.chat)
     return LocalJudge(*load_model(model, dtype=compute_dtype(precision)))
+
+
+def judge_counts(judge) -> dict:
+    """How often a judge was asked, unreadable, and given a shortened answer so far, over all ranks; {} without one."""
+    if judge is None:
+        return {}
+    return {f"judge/{name}": sum_over_ranks(getattr(judge, name)) for name in ("asked", "unreadable", "truncated")}
 
 
 def judge_prompt(instruction: str, answer: str, question: str) -> str:
@@ -1400,12 +1423,13 @@ class EndpointJudge:
     """A served model as judge. `chat` is Endpoint.chat or any function of that form.
 
     The verdict is read from the first token's alternatives where a completion has them (`top_logprobs`: one dict
-    token -> log p per position), else from the text. An unreadable or missing reply is False, counted in `unreadable`.
+    token -> log p per position), else from the text. An unreadable or missing reply is False, counted in `unreadable`;
+    a call in which most are unreadable says so on stderr.
     """
 
     def __init__(self, chat, *, max_tokens: int = 16):
         self.chat, self.max_tokens = chat, max_tokens
-        self.asked = self.unreadable = 0
+        self.asked = self.unreadable = self.truncated = 0
 
     def __call__(self, items) -> list[bool]:
         conversations = [[{"role": "user", "content": judge_prompt(*item)}] for item in items]
@@ -1413,6 +1437,9 @@ class EndpointJudge:
         verdicts = [read_verdict(reply[0]) if reply else None for reply in replies]
         self.asked += len(items)
         self.unreadable += verdicts.count(None)
+        if verdicts.count(None) > len(items) / 2:
+            print(f"warning: {verdicts.count(None)} of {len(items)} verdicts of the judge cannot be read, count as no; "
+                  "is it a model that thinks first, or are the prompts too long for it?", file=sys.stderr)
         return [verdict is True for verdict in verdicts]
 
 

@@ -65,6 +65,10 @@ def test_a_conversation_without_room_for_an_answer_gets_a_blank_reply(tiny):
     assert (long.text, long.finish_reason) == ("", "refused") and short.finish_reason in ("stop", "length")
 
 
+SHAPES = ['{"choices": [null]}', '{"choices": "abc"}', '{"choices": [{"message": "hi"}]}', '{"choices": [{}]}',
+          '{"choices": [{"message": {"content": ["a", "list"]}}]}']  # JSON, but not what the protocol says
+
+
 class Faulty(JsonHandler):
     """Answers with the last word of the last message; a share of the requests meets a fault first."""
 
@@ -75,7 +79,7 @@ class Faulty(JsonHandler):
         with self.lock:
             type(self).requests += 1
             faulty = self.rng.random() < self.share
-            fault = self.rng.choice([429, 500, 503, "hang", "garbage", "empty"]) if faulty else 0
+            fault = self.rng.choice([429, 500, 503, "hang", "garbage", "empty", *SHAPES]) if faulty else 0
         if fault == "hang":
             time.sleep(1.0)
             return
@@ -85,11 +89,17 @@ class Faulty(JsonHandler):
             return self.send(200, b'{"choices": [{"mess')
         if fault == "empty":
             return self.send(200, b"{}")
+        if fault in SHAPES:
+            return self.send(200, fault.encode())
         word = body["messages"][-1]["content"].split()[-1]
         if word == "forbidden":
             return self.send(401, b'{"error": {"message": "no key"}}')
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": word}}
+        if word == "long":
+            return self.send(413, b'{"error": {"message": "too long"}}')
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": word},
+                  "logprobs": {"content": [{"token": word, "logprob": -0.5, "top_logprobs": None}]}}
         self.send(200, json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "toy",
+                                   "usage": {"prompt_tokens": "many", "completion_tokens": 3},
                                    "choices": [choice] * body.get("n", 1)}).encode())
 
 
@@ -138,6 +148,27 @@ def test_a_served_judge_keeps_the_order_and_counts_what_it_cannot_read(server):
     # the template ends with the question, so this server echoes its last word
     verdicts = judge([("request", "answer", f"Answer {word}") for word in ["yes", "no", "perhaps", "yes"]])
     assert verdicts == [True, False, False, True] and (judge.asked, judge.unreadable) == (4, 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_json_of_another_shape_is_asked_for_again_and_then_an_error(shape, monkeypatch):
+    class Odd(JsonHandler):
+        def do_POST(self):
+            self.send(200, shape.encode())
+
+    monkeypatch.setattr(m.time, "sleep", lambda seconds: None)
+    with serving(Odd) as address, pytest.raises(InputError, match="no valid reply after 3 tries"):
+        m.Endpoint(address, "toy", max_retries=2).chat([talk("tea")], max_tokens=8)
+
+
+def test_what_a_server_refuses_is_an_unreadable_verdict_and_said(server, capsys):
+    Faulty.share = 0.0
+    judge = m.make_judge(f"toy@{server}")
+    items = [("request", "answer", "Answer " + word) for word in ("yes", "long", "long", "long")]
+    assert judge(items) == [True, False, False, False]
+    assert m.judge_counts(judge) == {"judge/asked": 4, "judge/unreadable": 3, "judge/truncated": 0}
+    assert "3 of 4 verdicts of the judge cannot be read, count as no" in capsys.readouterr().err
+    assert m.judge_counts(None) == {}
 
 
 @pytest.mark.slow
