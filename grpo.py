@@ -8,14 +8,18 @@
 
     python grpo.py --help metrics                              # what each number of metrics.jsonl means, when to worry
 
-The way of one prompt: record -> prompt ids -> G reasoning + H direct (no-think) rollouts -> scores -> rewards_PG,
+Life of a prompt: record -> prompt ids -> G reasoning + H direct (no-think) rollouts -> scores -> rewards_PG,
 keep_P, advantages_PG -> micro-batches -> logp, old, ref -> loss + BC -> optimizer step -> log line and samples file.
+Names: P prompts, G reasoning and H direct rollouts per prompt, B sequences, R response tokens (T in grpo_loss).
 
-What differs from plain GRPO:
-1. H direct rollouts a prompt, with an empty thought, are scored but not trained on (superior_cot_mask, Eq. 7): a prompt
-   on which every reasoning rollout is worse than every direct one leaves the update and its count.
-2. Expert answers are cloned in every update (cloning_backward, Eq. 8).
-3. There is no entropy bonus, no critic, no discounting (γ = 1), no KL inside the reward.
+What RAIF adds to GRPO, and where:
+1. H direct rollouts per prompt, with an empty thought, are scored but not trained on (rollout, score_groups).
+2. The superior-CoT rule, Eq. 7 (superior_cot_mask): a prompt on which every reasoning rollout is worse than every
+   direct one leaves the update and its counts. On a tie the prompt stays.
+3. Expert answers are cloned in every update, Eq. 8 (cloning_backward).
+So the gradient of SFT is one call, sft.cross_entropy_backward; that of GRPO policy_backward; that of RAIF
+policy_backward and cloning_backward. As in plain GRPO there is no critic, no discounting and no KL in the reward.
+
 What differs from the released code: rewards score the answer, not the label; direct rollouts get their real score, so
 the rule can fire; mean and std are those of the reasoning rollouts alone; skipped prompts contribute nothing; cloning
 trains on answer tokens alone; a truncated rollout is flagged, its last token is not overwritten.
@@ -47,11 +51,11 @@ class Config:
     resume: bool = False  # continue the run in --out with its own settings
     force: bool = False  # with --resume: take a changed setting even if it changes the course of the run
     # scale: a laptop's values
-    prompts: int = 4  # P, prompts a rollout batch, over all processes
-    group: int = 6  # G, reasoning rollouts a prompt (math prompts get group + direct of them)
-    direct: int = 2  # H, direct (no-think) rollouts an instruction prompt
-    updates: int = 1  # optimizer steps a rollout batch; the first is exactly on-policy
-    bc_batch: int = 8  # expert answers an update; the paper has one per reasoning rollout
+    prompts: int = 4  # P, prompts per rollout batch, over all processes
+    group: int = 6  # G, reasoning rollouts per prompt (math prompts get group + direct of them)
+    direct: int = 2  # H, direct (no-think) rollouts per instruction prompt
+    updates: int = 1  # optimizer steps per rollout batch; the first is exactly on-policy
+    bc_batch: int = 8  # expert answers per update; the paper has one per rollout
     max_new_tokens: int = 200  # response limit
     temperature: float = 1.0  # sampling temperature; top-p and top-k stay off
     lr: float = 3e-5  # peak learning rate
@@ -66,23 +70,23 @@ class Config:
     clip_high: float = 0.0  # ε above 1 (DAPO's clip-higher); 0 = clip_eps
     advantage: Literal["group_norm", "mean_only", "none"] = "group_norm"  # (R − mean) / std, R − mean, or R itself
     reward: Literal["raif", "fraction", "all", "rules_x_judge"] = "raif"  # accuracy part: see rewards.VARIANTS
-    drop_zero_variance: bool = False  # leave groups of equal rewards out of the update: no KL from them, other counts
+    drop_zero_variance: bool = False  # groups of equal rewards leave the update: they add no KL and are not counted
     data: Literal["mixed", "complex", "math"] = "mixed"  # which records: both at math_ratio, or one kind alone
     # judges and the answer format
     judge: str = ""  # answers judge questions: NAME (loaded here) or NAME@URL; the paper's: Qwen/Qwen2.5-7B-Instruct
     code_only: bool = False  # switch off judge constraints, and leave out records that have no others
     family: Literal["cold", "warm"] = "cold"  # answer format: think and answer tags, or think tags alone (R1 style)
-    # books
+    # logging and checkpoints
     dev: str = ""  # prompts never trained on, for a curve (default: dev.jsonl next to --records, if it is there)
-    dev_prompts: int = 32  # so many of them are answered greedily at the start and at every save; 0 = no curve
-    save_every: int = 10  # steps between checkpoints
+    dev_prompts: int = 32  # number answered greedily at the start and at every save; 0 = no curve
+    save_every: int = 3  # steps between checkpoints
     keep: int = 1  # checkpoints kept; the model with the best rewards since the save before is kept in RUN/best
     log: str = ""  # trackers besides metrics.jsonl: tensorboard, wandb, or both with a comma
     # machine
     warmup: float = 0.03  # share of lr_horizon with linear warm-up
     lr_horizon: int = 0  # optimizer steps until the cosine reaches a tenth of the peak; 0 = twice the run
     max_prompt_tokens: int = 1024  # longer prompts are left out, and counted
-    micro_tokens: int = 1024  # tokens a micro-batch, padding included
+    micro_tokens: int = 1024  # tokens per micro-batch, padding included
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic; master weights are float32
     engine: Literal["hf", "vllm"] = "hf"  # rollout engine; vllm: CUDA only, under torchrun
     engine_share: float = 0.4  # part of the GPU memory that vllm may take
@@ -151,8 +155,9 @@ def grpo_loss(logp_BT, old_logp_BT, ref_logp_BT, advantages_B, mask_BT, *, clip_
     """Clipped surrogate + k3 KL: the sum over rows of each row's token mean, divided by `normalizer` (None = B).
 
     mask_BT: True on response tokens. A row with an empty mask contributes 0, and whatever stands at masked positions
-    changes nothing. ref_logp_BT may be None when kl_coef is 0. -> (loss, stats); the stats are normalised like the loss
-    and add up like it. Variants: clip_high, another ε above 1; weights_BT, other weights of the tokens (token_weights).
+    changes nothing. ref_logp_BT may be None when kl_coef is 0. -> (loss, stats); the stats are weighted like the loss
+    and add up like it. clip_high: another ε above 1. weights_BT: the weights of the tokens instead of those that
+    `normalizer` gives; the trainer passes token_weights of the whole update.
     """
     mask_BT = mask_BT.bool()
     if weights_BT is None:
@@ -184,7 +189,7 @@ def grpo_loss(logp_BT, old_logp_BT, ref_logp_BT, advantages_B, mask_BT, *, clip_
 
 @dataclass
 class Rollout:
-    """One response, from its birth to its line in the samples file."""
+    """One response, from sampling to its line in the samples file."""
 
     mode: str  # "cot": with reasoning, trained on; "direct": with an empty thought, compared with
     sequence: m.Sequence  # prompt and response; carries advantage and log-probabilities through the update
@@ -200,7 +205,7 @@ class Group:
     record: dict
     reasoning: list[Rollout] = field(default_factory=list)  # G
     direct: list[Rollout] = field(default_factory=list)  # H
-    why_not: str = ""  # why it is not trained on ("worse than direct", "zero variance"); empty if it is
+    skip_reason: str = ""  # why it is not trained on ("worse than direct", "zero variance"); empty if it is
 
 
 @dataclass
@@ -219,8 +224,8 @@ def split_into_updates(groups: list[Group], step: int, cfg: Config) -> list[Upda
     """
     own = {}
     for group in groups:
-        if not group.why_not:
-            own |= {(group.record["id"], i): made.sequence for i, made in enumerate(group.reasoning)}
+        if not group.skip_reason:
+            own |= {(group.record["id"], i): response.sequence for i, response in enumerate(group.reasoning)}
     lengths = dict(m.gather_objects([(key, len(sequence.ids) - sequence.start) for key, sequence in own.items()]))
     keys = sorted(lengths)
     random.Random(f"{cfg.seed}/shuffle/{step}").shuffle(keys)
@@ -235,14 +240,14 @@ def split_into_updates(groups: list[Group], step: int, cfg: Config) -> list[Upda
 def policy_backward(policy, reference, update: Update, cfg: Config, dtype) -> Counter:
     """Accumulate the gradient of L_policy + kl_coef · L_KL over an update's sequences; returns the summed stats."""
     totals = Counter()
-    for packs, weight in m.rank_micro_batches(update.sequences, cfg.micro_tokens):
+    for packs, weight in m.rank_micro_batches(update.sequences, cfg.micro_tokens):  # weight: 1, for a dummy 0
         batch, ref_logp_BR = [sequence for pack in packs for sequence in pack], None
         if reference is not None:
             with torch.no_grad():
                 ref_logp_BR, _ = m.row_logprobs(reference, packs, dtype, cfg.temperature)
         logp_BR, mask_BR = m.row_logprobs(policy, packs, dtype, cfg.temperature)
-        if batch[0].old_logp is None:  # the first update of a rollout batch is exactly on-policy
-            m.keep_logprobs(packs, logp_BR, mask_BR)
+        if batch[0].old_logp is None:  # first update: the policy still is the one that sampled (store_old_logprobs)
+            m.set_old_logp(packs, logp_BR, mask_BR)
         old_logp_BR = torch.zeros_like(logp_BR)
         old_logp_BR[mask_BR] = torch.cat([sequence.old_logp for sequence in batch])
         advantages_B = torch.tensor([s.advantage for s in batch], dtype=logp_BR.dtype, device=logp_BR.device)
@@ -276,21 +281,21 @@ def store_old_logprobs(policy, updates: list[Update], cfg: Config, dtype) -> Non
 
 
 def render(records: list[dict], tokenizer, cfg: Config) -> list[dict]:
-    """The records with their prompts by mode, record["prompts"]; those over --max-prompt-tokens are left out."""
+    """Give each record its prompts by mode, record["prompts"]; -> the records within --max-prompt-tokens."""
     for record in records:
         record["prompts"] = {mode: m.render_prompt(tokenizer, record["messages"], mode, cfg.family,
                                                    record.get("language", "en"))
                              for mode in ("cot", "direct")}
-    return m.keep(records, lambda record: len(record["prompts"]["cot"].ids) <= cfg.max_prompt_tokens,
+    return m.filter_and_count(records, lambda record: len(record["prompts"]["cot"].ids) <= cfg.max_prompt_tokens,
                   f"prompts exceed {cfg.max_prompt_tokens} tokens")
 
 
-def code_only(records: list[dict]) -> list[dict]:
-    """The records with their judge constraints switched off; those that have no others are left out."""
+def deactivate_judge_constraints(records: list[dict]) -> list[dict]:
+    """Switch off the judge constraints of the records; -> the records that have others."""
     for record in records:
         for constraint in record.get("constraints", []):
             constraint["active"] &= constraint["kind"] == "code"
-    return m.keep(records, lambda r: r["task"] == "math" or any(c["active"] for c in r["constraints"]),
+    return m.filter_and_count(records, lambda r: r["task"] == "math" or any(c["active"] for c in r["constraints"]),
                   "records have no active code constraint")
 
 
@@ -305,7 +310,7 @@ def load_pools(cfg: Config, tokenizer) -> dict[str, list]:
     expert_path = Path(cfg.experts or (neighbour if neighbour.exists() else path))
     records = read_records(path)
     if cfg.code_only:
-        records = code_only(records)
+        records = deactivate_judge_constraints(records)
     records = render(records, tokenizer, cfg)
     pools = {
         "instruction": [record for record in records if record["task"] == "instruction" and cfg.data != "math"],
@@ -335,7 +340,7 @@ def load_dev(cfg: Config, records_path: Path, tokenizer) -> list[dict]:
     path = Path(cfg.dev or records_path.with_name("dev.jsonl"))
     if cfg.dev_prompts == 0 or not (cfg.dev or path.exists()):
         return []
-    usable = [record for record in code_only(read_records(path)) if record["task"] == "instruction"]
+    usable = [record for record in deactivate_judge_constraints(read_records(path)) if record["task"] == "instruction"]
     stride = max(1, len(usable) // cfg.dev_prompts)
     return render(usable[::stride][: cfg.dev_prompts], tokenizer, cfg)
 
@@ -394,9 +399,9 @@ def rollout(engine, policy, records: list[dict], step: int, cfg: Config) -> list
         seeds=[m.record_seed(cfg.seed, step, f"{record['id']}/{mode}") for _, mode, record, _ in jobs],
     )
     engine.sleep()
-    for (rollouts, mode, record, _), several in zip(jobs, completions, strict=True):
+    for (rollouts, mode, record, _), of_job in zip(jobs, completions, strict=True):
         prompt = record["prompts"][mode]
-        for c in several:
+        for c in of_job:
             sequence = m.Sequence(prompt.ids + c.token_ids, len(prompt.ids), sampled_logp=c.logprobs)
             rollouts.append(Rollout(mode, sequence, prompt.prefill + c.text, c.finish_reason))
     return groups
@@ -405,17 +410,17 @@ def rollout(engine, policy, records: list[dict], step: int, cfg: Config) -> list
 def score_groups(groups: list[Group], judge, cfg: Config) -> None:
     """Give each rollout its Score; direct ones are scored by their answer alone."""
     for direct in (False, True):
-        pairs = [(group.record, made) for group in groups for made in (group.direct if direct else group.reasoning)]
-        scores = score([record for record, _ in pairs], [made.text for _, made in pairs], judge=judge,
+        pairs = [(group.record, r) for group in groups for r in (group.direct if direct else group.reasoning)]
+        scores = score([record for record, _ in pairs], [r.text for _, r in pairs], judge=judge,
                        family=cfg.family, direct=direct, variant=cfg.reward,
-                       truncated=[made.finish_reason == "length" for _, made in pairs])
-        for (_, made), result in zip(pairs, scores, strict=True):
-            made.score = result
+                       truncated=[r.finish_reason == "length" for _, r in pairs])
+        for (_, response), result in zip(pairs, scores, strict=True):
+            response.score = result
 
 
 def assign_advantages(groups: list[Group], cfg: Config) -> None:
     """Give each reasoning rollout its advantage, and each group that is left out of the update the reason."""
-    for task in ("instruction", "math"):  # their groups have different sizes: G + H, and G + H + 0
+    for task in ("instruction", "math"):  # an instruction has G reasoning and H direct rollouts, math G + H and none
         part = [group for group in groups if group.record["task"] == task]
         if not part:
             continue
@@ -432,14 +437,14 @@ def assign_advantages(groups: list[Group], cfg: Config) -> None:
         zero_variance_P = rewards_PG.amax(1) == rewards_PG.amin(1)
         for p, group in enumerate(part):
             if cfg.superior_cot and not keep_P[p]:
-                group.why_not = "worse than direct"
+                group.skip_reason = "worse than direct"
             elif cfg.drop_zero_variance and zero_variance_P[p]:
-                group.why_not = "zero variance"
-            for made, advantage in zip(group.reasoning, advantages_PG[p].tolist(), strict=True):
-                made.sequence.advantage = advantage
+                group.skip_reason = "zero variance"
+            for response, advantage in zip(group.reasoning, advantages_PG[p].tolist(), strict=True):
+                response.sequence.advantage = advantage
 
 
-# ---------------------------------------------------------------- books
+# ---------------------------------------------------------------- logging
 
 
 def sample_lines(groups: list[Group]) -> list[dict]:
@@ -454,21 +459,21 @@ def sample_lines(groups: list[Group]) -> list[dict]:
             requirements = [f"The result is {record['answer']}."]
         else:
             requirements = [c.get("text") or c.get("question") or c["id"] for c in record["constraints"] if c["active"]]
-        for made in group.reasoning + group.direct:
-            result, trainable, sampled_logp = made.score, made.mode == "cot", made.sequence.sampled_logp
-            why = group.why_not if trainable else "direct"
+        for response in group.reasoning + group.direct:
+            result, trainable, sampled_logp = response.score, response.mode == "cot", response.sequence.sampled_logp
+            why = group.skip_reason if trainable else "direct"
             verdicts = zip(requirements, result.verdicts, strict=True)
             lines.append({
-                "id": record["id"], "task": record["task"], "mode": made.mode,
-                "prompt": record["messages"][-1]["content"], "text": made.text,
+                "id": record["id"], "task": record["task"], "mode": response.mode,
+                "prompt": record["messages"][-1]["content"], "text": response.text,
                 "constraints": [{"text": text, "met": met} for text, met in verdicts],
                 "reward": result.total, "format": result.format, "accuracy": result.accuracy,
                 "verdicts": result.verdicts, "guards": result.guards,
                 "all_met": all(result.verdicts), "format_ok": result.format > 0,
-                "truncated": made.finish_reason == "length",
-                "advantage": made.sequence.advantage if trainable else None, "kept": not why, "why": why,
+                "finish_reason": response.finish_reason, "truncated": response.finish_reason == "length",
+                "advantage": response.sequence.advantage if trainable else None, "kept": not why, "why": why,
                 "tokens": len(sampled_logp), "nll": -sum(sampled_logp),
-                "token_ids": made.sequence.ids[made.sequence.start :],
+                "token_ids": response.sequence.ids[response.sequence.start :],
             })
     return m.gather_objects(lines)
 
@@ -571,7 +576,8 @@ def report_step(run: m.Run) -> None:
 
 
 def learning_rate(number: int, cfg: Config) -> float:
-    """Of update `number`: linear warm-up, then a cosine to a tenth, which --lr-horizon may put beyond the run."""
+    """Learning rate of update `number`: warm-up, then a cosine to a tenth; --lr-horizon may put its end beyond the run.
+    """
     return cfg.lr * m.warmup_cosine(number, cfg.lr_horizon or 2 * cfg.steps * cfg.updates, cfg.warmup, 0.1)
 
 
@@ -620,7 +626,7 @@ def main(argv=None):
         with run.clock("rollout"):
             groups = rollout(engine, policy, prompts_of_step(pools, step, cfg)[rank::world], step, cfg)
 
-        # 2. Score; superior-CoT rule (Eq. 7); group-normalised advantages.
+        # 2. Score; superior-CoT rule (Eq. 7) and group-normalised advantages, both in assign_advantages.
         with run.clock("scoring"):
             score_groups(groups, judge, cfg)
             assign_advantages(groups, cfg)
@@ -635,16 +641,16 @@ def main(argv=None):
                     continue  # every prompt is skipped: no gradient, on any rank
                 m.set_lr(optimizer, learning_rate(number, cfg))
                 totals.update(policy_backward(policy, reference, update, cfg, dtype))
-                gradients, experts = {"policy": m.take_gradients(policy)}, []  # of the clipped surrogate and the k3 KL
+                gradients, experts = {"policy": m.take_gradients(policy)}, []  # clipped surrogate and k3 KL
                 if cfg.bc_coef:
                     experts = experts_of_update(pools, number, cfg)[rank::world]
                     totals.update(cloning_backward(policy, experts, cfg, dtype))
-                    gradients["bc"] = m.take_gradients(policy)  # of behaviour cloning (Eq. 8)
+                    gradients["bc"] = m.take_gradients(policy)  # behaviour cloning (Eq. 8)
                 trained = update.sequences + experts
                 totals.update(m.optimizer_step(policy, optimizer, gradients, number, trained, run.folder))
             policy.eval()
 
-        # 4. Books: a line of metrics, every rollout with its verdicts and fate, the best model, a checkpoint.
+        # 4. Log: a line of metrics, every rollout with its verdicts and fate, the best model, a checkpoint.
         lines, save = sample_lines(groups), (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
         metrics = {"step": step + 1, **rollout_metrics(lines), **update_metrics(totals, updates, cfg),
                    **m.judge_counts(judge), "loss/lr": optimizer.param_groups[0]["lr"]}

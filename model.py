@@ -52,7 +52,7 @@ DEFAULT_MODEL = "smollm2-135m"
 # ---------------------------------------------------------------- settings
 
 
-# Settings that may change when a run is continued: they move its costs or its books, not its course.
+# Settings that may change when a run is continued: they move its costs or its logs, not its course.
 NEUTRAL = {"resume", "force", "save_every", "keep", "log", "dev_prompts", "micro_tokens", "engine_share", "shard",
            "offload", "activation_checkpointing"}
 
@@ -113,7 +113,7 @@ def resumed_settings(given: dict, config_class) -> dict:
     path = Path(given.get("out", config_class().out)) / "config.json"
     if not path.exists():
         raise InputError(f"{path}: is not there, so there is no run to resume; check --out, or start without --resume")
-    names = {field.name for field in dataclasses.fields(config_class)} - {"resume", "force"}
+    names = {field.name for field in dataclasses.fields(config_class)} - {"out", "resume", "force"}
     stored = {name: value for name, value in json.loads(path.read_text("utf-8")).items() if name in names}
     changed = [name for name in stored if name in given and given[name] != stored[name]]
     for name in changed:
@@ -247,9 +247,10 @@ def gather_objects(items: list) -> list:
 def take_gradients(model) -> tuple[float, list]:
     """(norm, gradients) of what the backward passes have added up so far, over all ranks; the model's are cleared.
 
-    A sum over ranks, not DDP's mean: every loss is already divided by the count over all ranks (`normalizer`), so
-    micro-batches and ranks add up to the same gradient, and a rank whose prompts were all skipped simply adds zeros. A
-    sharded model has added them (also as a sum, see shard_model) in its backward passes.
+    A sum over ranks, not DDP's mean: every loss is already divided by counts over all ranks (Update.rows and .tokens in
+    grpo.py, bc_batch for cloning), so that micro-batches and ranks add up to the same gradient, and a rank whose
+    prompts were all skipped simply adds zeros. A sharded model has added them (also as a sum, see shard_model) in its
+    backward passes.
     """
     gradients = []
     for parameter in model.parameters():
@@ -610,39 +611,39 @@ def packed_logprobs(model, packs, *, temperature=1.0, chunk=1024):
     where = device()
     inputs = {"input_ids": ids_BT.to(where), "position_ids": position_BT.to(where), "segments": segments,
               "attention_mask": visible[:, None].to(where)}
-    pack_N, source_N, target_N, response_N, place_N = torch.tensor(index, device=where).unbind(1)
+    pack_N, source_N, target_N, response_N, offset_N = torch.tensor(index, device=where).unbind(1)
     logp_N = _target_logprobs(model, inputs, (pack_N, source_N), target_N, temperature, chunk)
-    logp_BR = torch.zeros(int(response_N[-1]) + 1, int(place_N.max()) + 1, dtype=logp_N.dtype, device=where)
-    return logp_BR.index_put((response_N, place_N), logp_N)
+    logp_BR = torch.zeros(int(response_N[-1]) + 1, int(offset_N.max()) + 1, dtype=logp_N.dtype, device=where)
+    return logp_BR.index_put((response_N, offset_N), logp_N)
 
 
 def build_packs(packs):
     """(ids_BT, position_BT, segments, index) of packs of rows, right padded with zeros.
 
     segments: for each pack the length of its prefix and of every suffix. index: for each response token (pack, column
-    that predicts it, the token, number of the response, place in the response).
+    that predicts it, the token, number of the response, offset in the response).
     """
     ids, positions, segments, index, response = [], [], [], [], 0
     for b, pack in enumerate(packs):
         rows = [tuple(row) for row in pack]
         prefix = common_prefix([row_ids[:start] for row_ids, start in rows])
-        packed, places = rows[0][0][:prefix], list(range(prefix))
+        packed, row_positions = rows[0][0][:prefix], list(range(prefix))
         for row_ids, start in rows:
             shift = len(packed) - prefix  # from a column of the row to that of the pack, beyond the prefix
             for i in range(start, len(row_ids)):
                 source = i - 1 if i - 1 < prefix else i - 1 + shift
                 index.append((b, source, row_ids[i], response, i - start))
             packed = packed + row_ids[prefix:]
-            places += range(prefix, len(row_ids))
+            row_positions += range(prefix, len(row_ids))
             response += 1
         ids.append(torch.tensor(packed))
-        positions.append(torch.tensor(places))
+        positions.append(torch.tensor(row_positions))
         segments.append([prefix, *(len(row_ids) - prefix for row_ids, _ in rows)])
     return pad_sequence(ids, batch_first=True), pad_sequence(positions, batch_first=True), segments, index
 
 
 def pack_mask(segments) -> torch.Tensor:
-    """(B, T, T) bool: what each token of a pack sees (packed_logprobs). Padding sees padding; nothing looks at it."""
+    """(B, T, T) bool: what each token of a pack sees (packed_logprobs). No token of a row sees padding."""
     numbers = [torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)) for lengths in segments]
     segment_BT = pad_sequence(numbers, batch_first=True, padding_value=-1)
     query_BT1, key_B1T = segment_BT[:, :, None], segment_BT[:, None, :]
@@ -716,10 +717,10 @@ def load_experts(path, tokenizer, family: str, limit: int, count: int = 0) -> li
     """The (first `count`) expert answers of a record file; those over `limit` tokens, prompt included, are left out."""
     records = [record for record in read_records(path) if record.get("expert")][: count or None]
     experts = [encode_expert(tokenizer, record, family) for record in records]
-    return keep(experts, lambda sequence: len(sequence.ids) <= limit, f"experts exceed {limit} tokens")
+    return filter_and_count(experts, lambda sequence: len(sequence.ids) <= limit, f"experts exceed {limit} tokens")
 
 
-def keep(items: list, wanted, what: str) -> list:
+def filter_and_count(items: list, wanted, what: str) -> list:
     """The items that are wanted; how many are not is said on stderr: 3 of 20 WHAT: left out."""
     kept = [item for item in items if wanted(item)]
     if len(kept) < len(items) and is_main():
@@ -737,7 +738,7 @@ def micro_batches(rows, budget: int) -> list[list[list]]:
     """Cut rows (objects with .ids and .start) into micro-batches of packs of rows whose prompts share a prefix.
 
     Packs are sorted by length; packs × longest pack stays within `budget` tokens (one row at least). A row joins the
-    pack before it if that saves an eighth of its length.
+    pack before it if the pack stays within half the budget and an eighth of the row's length or more is saved.
     """
     packs, prefixes, lengths = [], [], []  # of each pack: rows, tokens of the shared prefix, tokens
     for row in sorted(rows, key=lambda row: (row.ids[: row.start], len(row.ids))):
@@ -768,10 +769,10 @@ def rank_micro_batches(sequences: list[Sequence], budget: int) -> list[tuple]:
 def store_logprobs(model, batches, dtype=torch.float32, temperature: float = 1.0) -> None:
     """Fill in .old_logp of the sequences in micro-batches of packs."""
     for packs in batches:
-        keep_logprobs(packs, *row_logprobs(model, packs, dtype, temperature))
+        set_old_logp(packs, *row_logprobs(model, packs, dtype, temperature))
 
 
-def keep_logprobs(packs, logp_BR, mask_BR) -> None:
+def set_old_logp(packs, logp_BR, mask_BR) -> None:
     sequences = [sequence for pack in packs for sequence in pack]
     for sequence, logp_R, mask_R in zip(sequences, logp_BR.detach(), mask_BR, strict=True):
         sequence.old_logp = logp_R[mask_R]
@@ -814,9 +815,10 @@ def make_engine(backend: str, model, tokenizer, *, dtype=None, own_copy=False, s
 
 
 def engine_gap(sequences: list[Sequence]) -> dict:
-    """|Δ|, its maximum and KL(engine ‖ trainer) in nats a token, over all ranks; Δ = trainer − engine log-probability.
+    """Mean |Δ|, its maximum and KL(engine ‖ trainer) per token in nats, of all ranks.
 
-    They differ by arithmetic alone (kernels, bf16); growing figures mean that the engine runs on other weights.
+    Δ: trainer − engine log-probability of a sampled token. They differ by arithmetic alone (kernels, bf16); growing
+    figures mean that the engine runs on other weights.
     """
     gaps = [sequence.old_logp.float().cpu() - torch.tensor(sequence.sampled_logp) for sequence in sequences]
     gap_N = torch.cat(gather_objects(gaps) or [torch.zeros(1)])
@@ -1681,9 +1683,9 @@ def markdown_table(header, lines) -> str:
 
 
 class Run:
-    """The books of a training run: folder, settings, metrics, samples, clock, checkpoints, stop signals.
+    """The records of a training run: folder, settings, metrics, samples, clock, checkpoints, stop signals.
 
-    It keeps books and nothing else: the loop calls it, it never calls the loop. `step`: steps finished so far;
+    It keeps records and nothing else: the loop calls it, it never calls the loop. `step`: steps finished so far;
     `history`: the lines of metrics.jsonl, the same on every rank but for the times.
     """
 
@@ -1788,17 +1790,21 @@ def show_samples(argv) -> None:
     if not lines:
         wrong = f"no rollout of {given.id}" if path.exists() else "is not there"
         raise InputError(f"{path}: {wrong}; {given.show}/samples holds a file for each finished step")
-    group = ""
+    numbers = Counter()  # of the rollouts shown, by prompt and mode
     for line in lines:
-        if line["id"] != group:
-            group = line["id"]
-            print("=" * 100, f"step {given.step}, {group}: {line['prompt']}", sep="\n")
+        if not numbers[line["id"]]:
+            print("=" * 100, f"step {given.step}, {line['id']}: {line['prompt']}", sep="\n")
+        numbers.update([line["id"], (line["id"], line["mode"])])
         fate = f"not trained on: {line['why']}"
         if line["kept"]:
             fate = f"trained on with advantage {line['advantage']:+.2f}"
+        if line["format"] < 0:
+            fate += "; the format is wrong, so no constraint counts as met"
+        if line["finish_reason"] == "length":
+            fate += "; truncated"
         print("-" * 100)
-        print(f"{line['mode']}: reward {line['reward']:+.2f} = format {line['format']:+.0f}, accuracy "
-              f"{line['accuracy']:+.2f}; {fate}")
+        print(f"{line['mode']} {numbers[line['id'], line['mode']]}: reward {line['reward']:+.2f} = format "
+              f"{line['format']:+.0f}, accuracy {line['accuracy']:+.2f}; {fate}")
         for constraint in line["constraints"]:
             print("  [x]" if constraint["met"] else "  [ ]", constraint["text"])
         print(line["text"])

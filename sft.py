@@ -26,7 +26,7 @@ class Config:
     records: str = "runs/evolve/train.jsonl"  # records with an `expert` answer; data/teacher.jsonl without evolve.py
     out: str = "runs/sft"  # run folder
     epochs: int = 1  # passes over the training split
-    batch_size: int = 8  # sequences an update, over all processes
+    batch_size: int = 8  # sequences per update, over all processes
     lr: float = 1e-4  # peak learning rate
     seed: int = 0  # of the split and the order
     resume: bool = False  # continue the run in --out with its own settings
@@ -39,12 +39,12 @@ class Config:
     # schedule
     warmup: float = 0.05  # share of all updates with linear warm-up; then cosine
     lr_floor: float = 0.0  # learning rate at the end, as a share of the peak
-    # books
+    # logging and checkpoints
     save_every: int = 25  # updates between checkpoints
     keep: int = 1  # checkpoints kept; the best epoch is in RUN/model
     log: str = ""  # trackers besides metrics.jsonl: tensorboard, wandb, or both with a comma
     # machine
-    micro_tokens: int = 1024  # tokens a micro-batch, padding included
+    micro_tokens: int = 1024  # tokens per micro-batch, padding included
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic; master weights are float32
     shard: bool = False  # FSDP2: weights, gradients and optimizer split over all processes
     offload: Literal["none", "all"] = "none"  # with --shard: keep weights, gradients and optimizer in host memory
@@ -79,7 +79,7 @@ def loss_sum(policy, packs, dtype) -> torch.Tensor:
 
 @torch.no_grad()
 def validate(policy, val: list[m.Sequence], cfg: Config, dtype) -> float:
-    """Mean loss a token over the validation split; ranks share the work."""
+    """Mean loss per token over the validation split; ranks share the work."""
     rank, world = m.init_distributed()
     total = 0.0
     for packs, weight in m.rank_micro_batches(val[rank::world], cfg.micro_tokens):
@@ -111,7 +111,6 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     run.restore(policy, optimizer)
 
-    policy.train()
     for step in range(run.step, total_updates):
         # 1. The batch of this update, over all ranks.
         epoch, position = divmod(step, updates_per_epoch)
@@ -121,13 +120,15 @@ def main(argv=None):
 
         # 2. Update: cross-entropy on the expert's tokens, each rank on its share of the batch.
         with run.clock("update"):
+            policy.train()
             own = batch[rank::world]
             m.set_lr(optimizer, cfg.lr * m.warmup_cosine(step, total_updates, cfg.warmup, cfg.lr_floor))
             loss = cross_entropy_backward(policy, own, tokens, cfg, dtype)
-            gradients = {"cloning": m.take_gradients(policy)}
+            gradients = {"bc": m.take_gradients(policy)}
             norms = m.optimizer_step(policy, optimizer, gradients, step, own, run.folder)
+            policy.eval()
 
-        # 3. Books: a line of metrics; after an epoch the validation loss, which chooses the model that is kept.
+        # 3. Log: a line of metrics; after an epoch the validation loss, which chooses the model that is kept.
         metrics = {"step": step + 1, "epoch": epoch + 1, "loss/train": m.sum_over_ranks(loss), "loss/tokens": tokens,
                    "loss/grad_norm": norms.get("grad_norm"), "loss/nonfinite": norms.get("nonfinite", 0),
                    "loss/lr": optimizer.param_groups[0]["lr"]}

@@ -291,7 +291,7 @@ def test_code_only_switches_judge_constraints_off_and_looks_through_them(tiny):
     first, second = RECORD["constraints"]
     record = {**RECORD, "constraints": [first, judged, {**second, "depends_on": [1]}]}
     alone = {**RECORD, "id": "r2", "constraints": [judged | {"depends_on": []}]}
-    [usable] = grpo.code_only(copy.deepcopy([record, alone]))
+    [usable] = grpo.deactivate_judge_constraints(copy.deepcopy([record, alone]))
     assert usable["id"] == "r1" and record["constraints"][1]["active"]
     reasoning, _ = scored(tiny, [PERFECT, HALF, NONE, PERFECT.replace("green", "Green")], ["green tea"], usable)
     assert [s["verdicts"] for s in reasoning] == [[True, True], [True, False], [False, False], [False, False]]

@@ -33,6 +33,6 @@ def test_loss_and_gradient_equal_those_of_trl(loss, tiny, tmp_path, monkeypatch)
         "completion_ids": torch.zeros(6, 9, dtype=torch.long), "completion_mask": mask_BT.long(),
         "advantages": advantages_B, "old_per_token_logps": old_BT, "ref_per_token_logps": ref_BT})
     ours, _ = grpo.grpo_loss(logp_BT, old_BT, ref_BT, advantages_B, mask_BT, kl_coef=0.3, clip_eps=0.2, clip_high=0.3,
-                             row_length=9 if loss == "dr_grpo" else None)
+                             weights_BT=grpo.token_weights(mask_BT, loss, len(logp_BT), 0, 9))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(*(torch.autograd.grad(x, logp_BT)[0] for x in (ours, theirs)), rtol=1e-9, atol=1e-12)
