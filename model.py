@@ -430,7 +430,7 @@ def _convert_smollm2(gguf: Path, target: Path) -> None:
 def write_model(model, tokenizer, folder: Path) -> None:
     """A Hugging Face folder, complete or not there at all: written next to its place, then renamed. All ranks call."""
     state = training_state(model)["model"]
-    if dist.is_initialized() and dist.get_rank():
+    if not is_main():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".", suffix=".tmp"))
