@@ -193,6 +193,20 @@ SCRIPTS = [  # kind, kwargs, text, compat verdict, unicode verdict
 ]
 
 
+SCRIPTS += [  # an exact number is exact, a highlight counts once, capitals alone are not English, half is enough Chinese
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* tea\n* milk\n* water", False, False),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 3}, "* tea\n* milk\n* water", True, True),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 1}, "Use **fresh** water.", True, True),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "Use **fresh** water.", False, False),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 3}, "Use *fresh* and *cold* water.", False,
+     False),
+    ("change_case:english_capital", {}, "DER FLUSS IST RUHIG UND DIE VÖGEL SINGEN HEUTE.", False, False),
+    ("change_case:english_lowercase", {}, "der fluss ist ruhig und die vögel singen heute.", False, False),
+    ("language:response_language", {"language": "zh-cn"}, "我喝热茶 with my old friends", False, True),
+    ("language:response_language", {"language": "zh-cn"}, "我喝热茶 with my very old friends", False, False),
+]
+
+
 @pytest.mark.parametrize("kind,kwargs,text,compat,unicode", SCRIPTS)
 def test_scripts_and_markdown(kind, kwargs, text, compat, unicode):
     assert (check(kind, kwargs, text, mode="compat"), check(kind, kwargs, text)) == (compat, unicode)

@@ -129,6 +129,9 @@ def test_composition():
     assert score([selection], [turn("I like tea.")])[0] == rewards.Score(1, 2, 3, [True, True])
     through = record(TEA, code("startend:quotation", [0], active=False), code("content:no_digits", [1]))
     assert score([through], [turn("I like milk.")])[0].verdicts == [False, False]
+    both = record(TEA, code("content:no_digits"), code("punctuation:no_comma", [0, 1]))
+    assert score([both], [turn("I like milk.")])[0].verdicts == [False, True, False]  # the first dependency counts too
+    assert score([both], [turn("3 cups of tea.")])[0].verdicts == [True, False, False]
 
 
 def test_judge_constraints():
@@ -149,12 +152,19 @@ def test_judge_constraints():
     assert score(rows[:1], [turn("milk")], judge=judge)[0].verdicts == [False, True, False]
 
 
+def test_a_blank_answer_meets_no_judged_constraint():
+    for text, direct in ((turn(" "), False), ("<think>\nI plan.\n</think>\n", True)):
+        result = score([record(asks("Is it short?"))], [text], judge=lambda items: [True] * len(items), direct=direct)[0]
+        assert (result.accuracy, result.verdicts) == (-2.0, [False])
+
+
 def test_variants_and_guards():
     rows = [record(TEA, NO_COMMA, asks("Is it kind?"))]
     values = {v: score(rows, [turn("milk")], judge=lambda items: [True] * len(items), variant=v)[0].accuracy
               for v in rewards.VARIANTS}
     assert values == {"raif": 2 / 3, "fraction": 2 / 3, "all": 0.0, "rules_x_judge": 0.5}
     assert rewards.rules_x_judge([True, False], [False, True]) == 0.0 and rewards.rules_x_judge([True], [True]) == 1.0
+    assert rewards.rules_x_judge([True, True, False], [False, True, True]) == 0.0  # one no of the judge is enough
     stuffed = turn("tea " * 30)
     result = score([record(TEA)], [stuffed])[0]
     assert result.accuracy == 2.0 and result.guards == ["keyword_stuffing"]
@@ -165,6 +175,9 @@ def test_variants_and_guards():
     assert rewards.guards(prompt, prompt, [code("combination:repeat_prompt", prompt_to_repeat=prompt)]) == []
     assert rewards.guards("Tea is warm. " * 20, "x") == ["repetition"] and rewards.guards("...", "x") == ["empty"]
     assert rewards.guards("我喜欢喝茶。" * 20, "x") == ["repetition"] and rewards.guards("我喜欢喝热茶。", "茶") == []
+    assert rewards.guards("tea is warm and " * 20, "x") == ["repetition"]  # within one sentence
+    words = [a + b for a in "bcdfgh" for b in ("at", "ed", "ig", "op", "un", "ay")]
+    assert rewards.guards(" ".join(words), "x") == [] and rewards.guards("Tea. Tea. " + " ".join(words), "x") == []
 
 
 # ---------------------------------------------------------------- math
@@ -188,6 +201,11 @@ def test_math_has_a_deadline_and_recovers(monkeypatch):
     assert not worker.same("1", "10^{10^{10^{10}}}")
     assert time.monotonic() - start < 10
     assert worker.same("2", "1+1")  # a new process
+
+
+def test_a_very_long_box_is_wrong_without_being_computed():
+    assert math_reward(r"\boxed{" + "1+" * 700 + "1}", "701") == -1.5
+    assert math_reward(r"\boxed{" + "9" * 1001 + "}", "9" * 1001) == -1.5  # not even the same text
 
 
 def test_last_boxed():
@@ -313,6 +331,8 @@ def test_endpoint_judge():
     assert judge.asked == 9 and judge.unreadable == 2
     top = [{" Yes": -0.1, "No": -2.0, "yes": -5.0}]
     assert rewards.read_verdict(SimpleNamespace(text="No", top_logprobs=top)) is True
+    top = [{"Yes": -2.0, "no": -0.1}]
+    assert rewards.read_verdict(SimpleNamespace(text="Yes", top_logprobs=top)) is False
     assert rewards.read_verdict(SimpleNamespace(text="No", top_logprobs=[{"maybe": -1.0}])) is False
     said = {"是否符合要求：否": False, "是否满足？不满足": None, "是否提到茶？是": True}
     assert {text: rewards.read_verdict(SimpleNamespace(text=text)) for text in said} == said
@@ -322,6 +342,9 @@ def test_judge_prompt_keeps_braces_apart():
     text = rewards.judge_prompt("Use {answer} and {x}.", "A {question}", "Is it?")
     assert "Use {answer} and {x}." in text and "A {question}" in text and text.rstrip().endswith("Is it?")
     assert rewards.judge_prompt("写", "茶", "是否正式？").startswith("请")
+    english = rewards.judge_prompt("写", "茶", "Is 茶 named in it?")  # more than half must be Chinese
+    assert english == rewards.judge_prompt("写", "茶", "Is it?").replace("Is it?", "Is 茶 named in it?")
+    assert rewards.judge_prompt("写", "茶", "是否提到 tea？").startswith("请")
 
 
 @pytest.mark.parametrize("kind, kwargs, answer, slips", [
