@@ -152,9 +152,13 @@ def test_judge_constraints():
     assert score(rows[:1], [turn("milk")], judge=judge)[0].verdicts == [False, True, False]
 
 
+def lenient(items):
+    return [True] * len(items)
+
+
 def test_a_blank_answer_meets_no_judged_constraint():
     for text, direct in ((turn(" "), False), ("<think>\nI plan.\n</think>\n", True)):
-        result = score([record(asks("Is it short?"))], [text], judge=lambda items: [True] * len(items), direct=direct)[0]
+        result = score([record(asks("Is it short?"))], [text], judge=lenient, direct=direct)[0]
         assert (result.accuracy, result.verdicts) == (-2.0, [False])
 
 
@@ -189,6 +193,9 @@ def test_variants_and_guards():
     (r"\boxed{}", "42", -1.5), (r"\boxed{1 1/2}", "11/2", -1.5), (r"\boxed{ x + 1 }", "x+1", 2.0),
     (r"\boxed{1,000}", "1000", 2.0), (r"\boxed{\{1,2\}}", r"\{2,1\}", 2.0), (r"\boxed{x^2+2x+1}", "(x+1)^2", 2.0),
     (r"<think>\boxed{42}</think> no tags needed", "42", 2.0), (r"\boxed{\text{Monday}}", "Monday", 2.0),
+    (r"\boxed{41=42}", "42", -1.5), (r"\boxed{41 \to 42}", "42", -1.5), (r"\boxed{x=42}", "42", 2.0),
+    (r"\boxed{41 \Rightarrow 42}", "42", -1.5), (r"\boxed{x=1}", "x=1", 2.0), (r"\boxed{1\,000}", "1000", 2.0),
+    (r"\boxed 5", "5", -2.0), (r"\boxed{\theta=30}", "30", 2.0),
 ])
 def test_math_reward(text, gold, value):
     assert math_reward(text, gold) == value
@@ -334,7 +341,10 @@ def test_endpoint_judge():
     top = [{"Yes": -2.0, "no": -0.1}]
     assert rewards.read_verdict(SimpleNamespace(text="Yes", top_logprobs=top)) is False
     assert rewards.read_verdict(SimpleNamespace(text="No", top_logprobs=[{"maybe": -1.0}])) is False
-    said = {"是否符合要求：否": False, "是否满足？不满足": None, "是否提到茶？是": True}
+    said = {"是否符合要求：否": False, "是否满足？不满足": False, "是否提到茶？是": True, "满足": True, "不符合": False,
+            "不": False, "不。": False, "未完全满足要求": False, "内容不长，是": True, "无法判断": None,
+            "not yes": False, "Not yes.": False, "Yes or no: no": False, "是/否：是": True, "Perhaps not": None,
+            "符合要求": True, "Yes, it does not rhyme": True, "No, yes would be wrong": False}
     assert {text: rewards.read_verdict(SimpleNamespace(text=text)) for text in said} == said
 
 
