@@ -1,32 +1,37 @@
-"""Rewards: constraint checkers, answer parsing, the math check, judges and the rule-centric reward of RAIF.
+"""Rewards: records, answer parsing, the rule-centric reward of RAIF, the math check, judges, the constraint library.
 
     from rewards import check, score
     check("length_constraints:number_words", {"num_words": 40, "relation": "at least"}, answer)    # -> bool
     score(records, completions, judge=None)                                                       # -> list[Score]
 
+Reward (paper section 3.3):  R = R_format (+1 / -1) + R_accuracy (+2 all constraints, k/C some, -2 none or invalid).
+
 `mode="compat"` is IFEval exactly as its authors score it (their quirks included), for the benchmark.
 `mode="unicode"` asks for the same things but counts by script (a Chinese character is a word, 。！？ end sentences), is
 not fooled by Markdown, and answers "no" to what it cannot judge. It is the default and what training uses.
 
-Reward (paper section 3.3):  R = R_format (+1 / -1) + R_accuracy (+2 all constraints, k/C some, -2 none or invalid).
 Nothing in a text or a record is ever executed or unpickled, and every checker takes time linear in the text.
 """
 
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import logging
+import math
 import operator
 import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import threading
+import time
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
@@ -93,18 +98,17 @@ def filled(value) -> bool:
     return isinstance(value, str) and value.strip() != ""
 
 
+def need(condition, name: str, wrong: str, remedy: str) -> None:
+    if not condition:
+        raise InputError(f"field {name!r}: {wrong}; {remedy}")
+
+
 def validate_record(record) -> None:
     """Raise InputError `field 'X': what is wrong; remedy` for a record that is not of the form in the README."""
-
-    def need(ok, name, wrong, remedy):
-        if not ok:
-            raise InputError(f"field {name!r}: {wrong}; {remedy}")
-
     need(isinstance(record, dict), "", "the line is not a JSON object", "write {...}")
     need(filled(record.get("id")), "id", "missing or not a text", "give every record a unique id")
-    need(record.get("task") in ("instruction", "math"), "task", f"{record.get('task')!r} is not a task",
-         'use "instruction" or "math"')
-    language, expert = record.get("language", "en"), record.get("expert")
+    task, language = record.get("task"), record.get("language", "en")
+    need(task in ("instruction", "math"), "task", f"{task!r} is not a task", 'use "instruction" or "math"')
     need(language in ("en", "zh"), "language", f"{language!r} is unknown", 'use "en" or "zh"')
     messages = record.get("messages")
     need(isinstance(messages, list) and messages, "messages", "missing or empty", "write a list with a user message")
@@ -112,34 +116,42 @@ def validate_record(record) -> None:
         ok = isinstance(message, dict) and message.get("role") in ("system", "user", "assistant")
         need(ok and filled(message.get("content")), f"messages[{i}]", "has no role or no content",
              'write {"role": "user", "content": "..."}')
-    need(record.get("composition", "and") in ("and", "chain", "selection", "nested"), "composition",
-         f"{record.get('composition')!r} is unknown", "use and, chain, selection or nested")
-    need(expert is None or filled(expert), "expert", "is not a text", "remove it or give the answer")
-    if record["task"] == "math":
+    composition = record.get("composition", "and")
+    need(composition in ("and", "chain", "selection", "nested"), "composition", f"{composition!r} is unknown",
+         "use and, chain, selection or nested")
+    need(record.get("expert") is None or filled(record["expert"]), "expert", "is not a text",
+         "remove it or give the answer")
+    if task == "math":
         need(filled(record.get("answer")), "answer", "missing or not a text", 'give the result as a text, e.g. "42"')
         return
     constraints = record.get("constraints")
     need(isinstance(constraints, list) and constraints, "constraints", "missing or empty", "give at least one")
-    for i, c in enumerate(constraints):
-        name = f"constraints[{i}]"
-        need(isinstance(c, dict), name, "is not an object", 'write {"kind": "code", ...}')
-        kind = c.get("kind")
-        need(kind in ("code", "judge"), f"{name}.kind", f"{kind!r} is unknown", 'use "code" or "judge"')
-        if kind == "judge":
-            need(filled(c.get("question")), f"{name}.question", "missing or blank", "ask one yes/no question")
-        else:
-            if c.get("kwargs") is None:
-                c["kwargs"] = {}
-            try:
-                checked_arguments(c.get("id"), c["kwargs"])
-            except ValueError as error:
-                field = "kwargs" if c.get("id") in [*CHECKS] else "id"  # a list: the id may be unhashable
-                raise InputError(f"field '{name}.{field}': {error}; see data/constraints.jsonl for the kinds") from None
-        depends = c.setdefault("depends_on", [])
-        need(isinstance(depends, list) and all(type(j) is int and 0 <= j < i for j in depends), f"{name}.depends_on",
-             f"{depends!r} is not a list of earlier positions", f"use numbers from 0 to {i - 1}" if i else "use []")
-        need(type(c.setdefault("active", True)) is bool, f"{name}.active", "is not true or false", "use true or false")
+    for i, constraint in enumerate(constraints):
+        validate_constraint(constraint, i)
     need(any(c["active"] for c in constraints), "constraints", "none is active", "leave at least one active")
+
+
+def validate_constraint(c, i: int) -> None:
+    """The same for constraint number i of a record; default fields are filled in."""
+    name = f"constraints[{i}]"
+    need(isinstance(c, dict), name, "is not an object", 'write {"kind": "code", ...}')
+    kind = c.get("kind")
+    need(kind in ("code", "judge"), f"{name}.kind", f"{kind!r} is unknown", 'use "code" or "judge"')
+    if kind == "judge":
+        need(filled(c.get("question")), f"{name}.question", "missing or blank", "ask one yes/no question")
+    else:
+        if c.get("kwargs") is None:
+            c["kwargs"] = {}
+        try:
+            checked_arguments(c.get("id"), c["kwargs"])
+        except ValueError as error:
+            field = "kwargs" if str(c.get("id")) in CHECKS else "id"
+            raise InputError(f"field '{name}.{field}': {error}; see data/constraints.jsonl for the types") from None
+    depends = c.setdefault("depends_on", [])
+    earlier = isinstance(depends, list) and all(type(j) is int and 0 <= j < i for j in depends)
+    need(earlier, f"{name}.depends_on", f"{depends!r} is not a list of earlier positions",
+         f"use numbers below {i}" if i else "use []")
+    need(type(c.setdefault("active", True)) is bool, f"{name}.active", "is not true or false", "use true or false")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,19 +180,17 @@ def parse_response(text: str, family: str = "cold") -> Parsed:
     where = [text.find(tag) for tag in tags]
     format_ok = all(text.count(tag) == 1 for tag in tags) and where == sorted(where)
     head, closed, rest = text.partition("</think>")
-    think = head.partition("<think>")[2] if "<think>" in head else (head if closed else "")
+    lead, opened, think = head.partition("<think>")
     if not closed:  # no thought at all, or one that never ended
-        head, opened, think = text.partition("<think>")
-        rest = head if opened else text
-    answer = rest
-    if family == "cold":
-        if "<answer>" in rest:
-            answer = rest.partition("<answer>")[2]
-        answer = answer.partition("</answer>")[0] if "</answer>" in answer else answer
-    if any(tag in text for tag in tags):  # a turn without any tag is the answer itself, left exactly as it is
-        for tag in tags:
-            think, answer = think.replace(tag, ""), answer.replace(tag, "")
-        think, answer = think.strip(), answer.strip()
+        rest = lead
+    elif not opened:
+        think = lead
+    if family == "cold" and "<answer>" in rest:
+        rest = rest.partition("<answer>")[2]
+    answer = rest.partition("</answer>")[0] if family == "cold" else rest
+    any_tag = "|".join(tags)
+    if re.search(any_tag, text):  # a turn without any tag is the answer itself, left exactly as it is
+        think, answer = (re.sub(any_tag, "", part).strip() for part in (think, answer))
     return Parsed(think, answer, format_ok)
 
 
@@ -192,7 +202,492 @@ def is_placeholder(thought: str) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. The constraint library
+# 3. The reward
+
+
+def format_reward(parsed: Parsed) -> float:
+    return 1.0 if parsed.format_ok else -1.0
+
+
+def accuracy_reward(verdicts: list[bool]) -> float:
+    """All constraints +2, some k/C, none -2 (paper section 3.3). ValueError on an empty list."""
+    if not verdicts:
+        raise ValueError("accuracy_reward needs at least one verdict")
+    if all(verdicts):
+        return 2.0
+    if not any(verdicts):
+        return -2.0
+    return sum(verdicts) / len(verdicts)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One assistant turn as a reward function sees it."""
+
+    record: dict
+    text: str  # the whole turn, tags included
+    parsed: Parsed  # its thought and answer, and whether the format is valid
+    verdicts: list[bool]  # one per active constraint, in order; of a math record: [correct]
+    judged: list[bool]  # which of the verdicts a judge gave
+    format: float  # the paper's two parts: +1 or -1 (0 for a direct rollout), and
+    accuracy: float  # +2, k/C or -2; of a math record +2, -1.5 or -2
+
+    @property
+    def thought_words(self) -> int:
+        return word_count(self.parsed.think)
+
+    @property
+    def answer_words(self) -> int:
+        return word_count(self.parsed.answer)
+
+
+# Reward functions: turn -> (format, accuracy). The built-in ones but for raif count a math record's one verdict as they
+# count constraints. Accuracy alone decides the superior-CoT rule.
+
+
+def raif(turn: Turn) -> tuple[float, float]:
+    return turn.format, turn.accuracy
+
+
+def fraction(turn: Turn) -> tuple[float, float]:
+    return turn.format, sum(turn.verdicts) / len(turn.verdicts)
+
+
+def all_or_nothing(turn: Turn) -> tuple[float, float]:
+    return turn.format, float(all(turn.verdicts))
+
+
+def rules_x_judge(turn: Turn) -> tuple[float, float]:
+    """Share of the rule verdicts (1 if there are no rules) if the judge says yes to everything, else 0."""
+    by_rule = [verdict for verdict, judged in zip(turn.verdicts, turn.judged, strict=True) if not judged] or [True]
+    by_judge = [verdict for verdict, judged in zip(turn.verdicts, turn.judged, strict=True) if judged]
+    if not all(by_judge):
+        return turn.format, 0.0
+    return turn.format, sum(by_rule) / len(by_rule)
+
+
+VARIANTS = {"raif": raif, "fraction": fraction, "all": all_or_nothing, "rules_x_judge": rules_x_judge}
+
+
+def load_reward(name) -> Callable[[Turn], tuple[float, float]]:
+    """The reward function of a name in VARIANTS or of FILE.py:FUNCTION; a function is returned as it is.
+
+    InputError if there is no such file or function. What the file itself raises is not caught.
+    """
+    if callable(name) or name in VARIANTS:
+        return VARIANTS.get(name, name)
+    path, _, function = name.rpartition(":")
+    if not path:
+        raise InputError(f"reward {name!r} is unknown; use one of {', '.join(VARIANTS)}, or FILE.py:FUNCTION")
+    if not Path(path).is_file() or not path.endswith(".py"):
+        raise InputError(f"reward {name!r}: {path!r} is not a Python file; write FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(f"reward_from_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise InputError(f"reward {name!r}: {path} has no function {function!r}; write def {function}(turn): ...")
+    return getattr(module, function)
+
+
+@dataclass(frozen=True)
+class Score:
+    format: float
+    accuracy: float
+    total: float
+    verdicts: list[bool]  # one per active constraint, in order; of a math record: [correct]
+    guards: list[str] = field(default_factory=list)
+
+
+def is_finite(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def active_constraints(record: dict) -> list[dict]:
+    if record.get("task") == "math":
+        return []
+    return [c for c in record["constraints"] if c.get("active", True)]
+
+
+def score(records, completions, *, judge=None, family="cold", direct=False, mode="unicode", variant="raif",
+          apply_guards=False, truncated=None) -> list[Score]:
+    """The rule-centric reward of whole assistant turns; `records[i]` belongs to `completions[i]`.
+
+    An instruction with an invalid format, a blank answer or a blank or placeholder thought has accuracy -2, all
+    verdicts False. A constraint counts only if all it depends on hold, transitively; inactive ones are never scored.
+    direct=True (no-reasoning rollouts): no think check, the answer block or else all after the thought is the answer,
+    format 0, total = accuracy. The judge gets all questions of the call at once; ValueError if it is missing.
+    variant: a reward function or what `load_reward` takes; InputError if it returns other than two finite numbers.
+    truncated: a flag per completion, for `guards`; with apply_guards a raised one fails all.
+    """
+    reward = load_reward(variant)
+    truncated = truncated or [False] * len(records)
+    parsed_turns = [parse_response(text, family) for text in completions]
+    valid = [parsed.answer.strip() != "" and (direct or (parsed.format_ok and not is_placeholder(parsed.think)))
+             for parsed in parsed_turns]
+    judged_verdicts = ask_judge(records, parsed_turns, valid, judge)
+    scores = []
+    for i, (record, text, parsed) in enumerate(zip(records, completions, parsed_turns, strict=True)):
+        active = active_constraints(record)
+        raised = guards(parsed.answer, record["messages"][-1]["content"], active, truncated[i])
+        form = 0.0 if direct else format_reward(parsed)
+        if record["task"] == "math":
+            accuracy = math_reward(text, record["answer"])
+            verdicts = [accuracy == 2.0]
+        elif valid[i] and not (apply_guards and raised):
+            verdicts = constraint_verdicts(record, parsed.answer, judged_verdicts[i], mode)
+            accuracy = accuracy_reward(verdicts)
+        else:
+            accuracy, verdicts = -2.0, [False] * len(active)
+        judged = [c["kind"] == "judge" for c in active] or [False]
+        parts = reward(Turn(record, text, parsed, verdicts, judged, form, accuracy))
+        if not (isinstance(parts, tuple) and len(parts) == 2 and all(map(is_finite, parts))):
+            raise InputError(f"reward {variant!r} returned {parts!r}; return (format, accuracy), two finite numbers")
+        form, accuracy = map(float, parts)
+        scores.append(Score(form, accuracy, form + accuracy, verdicts, raised))
+    return scores
+
+
+def ask_judge(records, parsed_turns, valid, judge) -> list[dict[int, bool]]:
+    """For each record the judge's verdicts by the constraint's position; nothing is asked about an invalid turn."""
+    places, items = [], []
+    for i, (record, parsed) in enumerate(zip(records, parsed_turns, strict=True)):
+        for j, c in enumerate(record.get("constraints", [])):
+            if record["task"] == "math" or c["kind"] == "code" or not c.get("active", True):
+                continue
+            if judge is None:
+                raise ValueError(f"record {record['id']!r} has judge constraints; pass a judge")
+            if valid[i]:
+                places.append((i, j))
+                items.append((record["messages"][-1]["content"], parsed.answer, c["question"]))
+    verdicts = [{} for _ in records]
+    for (i, j), verdict in zip(places, judge(items) if items else [], strict=True):
+        verdicts[i][j] = bool(verdict)
+    return verdicts
+
+
+def constraint_verdicts(record: dict, answer: str, judged_verdicts: dict[int, bool], mode: str) -> list[bool]:
+    """One verdict per active constraint. An inactive one passes on what it depends on."""
+    holds, prompt = [], record["messages"][-1]["content"]
+    for j, c in enumerate(record["constraints"]):
+        verdict = all(holds[k] for k in c.get("depends_on", ()))  # transitive: those carry their own
+        if verdict and j in judged_verdicts:
+            verdict = judged_verdicts[j]
+        elif verdict and c.get("active", True):
+            verdict = check(c["id"], c.get("kwargs"), answer, prompt=prompt, mode=mode)
+        holds.append(verdict)
+    return [verdict for verdict, c in zip(holds, record["constraints"], strict=True) if c.get("active", True)]
+
+
+def n_grams(words: list[str], n: int) -> list[tuple]:
+    return list(zip(*(words[i:] for i in range(n)), strict=False))
+
+
+def lower_words(s: str) -> list[str]:
+    return [word.casefold() for word in text_of(s).words]
+
+
+def guards(answer: str, prompt: str, constraints=(), truncated: bool = False) -> list[str]:
+    """Names of the signs of reward hacking in an answer; they are reported, and change a reward only if asked to."""
+    t = text_of(answer[:MAX_CHARS])
+    words = lower_words(t.s)
+    flags = ["truncated"] if truncated else []
+    if not words:
+        return [*flags, "empty"]
+    fives, fives_of_prompt = n_grams(words, 5), set(n_grams(lower_words(prompt), 5))
+    copied = sum(gram in fives_of_prompt for gram in fives)
+    asked_to_repeat = any(c.get("id") == "combination:repeat_prompt" for c in constraints)
+    if len(fives) > 5 and copied > len(fives) / 2 and not asked_to_repeat:
+        flags.append("prompt_copied")
+    share = len(words) / 5  # of the answer that may consist of one keyword
+    if any(occurrences(t, word) > max(3, share / max(1, word_count(word))) for word in wanted(constraints)):
+        flags.append("keyword_stuffing")
+    threes = n_grams(words, 3)
+    often = max(Counter(t.sentences).values(), default=0)
+    if often > 2 or (len(threes) > 30 and len(set(threes)) < len(threes) / 2):
+        flags.append("repetition")
+    return flags
+
+
+def wanted(constraints) -> list[str]:
+    """The keywords that the constraints ask for."""
+    keywords = []
+    for c in constraints:
+        kwargs = c.get("kwargs") or {}
+        keywords += kwargs.get("keywords") or []
+        keywords += filter(None, [kwargs.get("keyword")])
+    return keywords
+
+
+def count_slips(record: dict, answer: str) -> int:
+    """Single faults of an answer against the active code constraints of its record: 0 if and only if all hold."""
+    slips = 0
+    for c in active_constraints(record):
+        if c["kind"] == "judge" or check(c["id"], c["kwargs"], answer):
+            continue
+        count = 1
+        if c["id"] in SLIPS:
+            count = SLIPS[c["id"]](text_of(answer), **checked_arguments(c["id"], c["kwargs"]))
+        slips += max(1, count)
+    return slips
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Math
+
+MATH_SECONDS = 5.0  # sympy may run for hours on a hostile answer; the process is killed after this time
+MATH_LOCK = threading.Lock()
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last closed `\boxed{...}`, braces matched (`\{` and `\}` are plain signs); None without one."""
+    open_braces, last, start_of_last = [], None, -1
+    for m in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
+        if m[0].endswith("{") and m[0] != r"\{":
+            open_braces.append(m)
+        elif m[0] == "}" and open_braces:
+            opening = open_braces.pop()
+            if opening[0] != "{" and opening.start() > start_of_last:
+                last, start_of_last = text[opening.end(): m.start()], opening.start()
+    return last
+
+
+def math_reward(text: str, gold: str) -> float:
+    r"""+2 if the last `\boxed{}` of the whole completion equals `gold`, -1.5 if not, -2 without any; format aside.
+
+    math-verify decides what is equal (AC is CA, 1.0e3 and 5元 are not understood), except that a box that shows
+    several results (41=42, 41 \to 42) is wrong. `\boxed 5` is no box.
+    """
+    answer = last_boxed(text)
+    if answer is None:
+        return -2.0
+    answer, gold = (" ".join(re.sub(r"\\[,;:!]", "", s).split()) for s in (answer, last_boxed(gold) or gold))
+    if not 0 < len(answer) <= 1000 or shows_steps(answer, gold):
+        return -1.5
+    return 2.0 if answer == gold or same_value(gold, answer) else -1.5
+
+
+def shows_steps(answer: str, gold: str) -> bool:
+    """Does the box hold a derivation, of which math-verify would take the end? A name before "=" is none: x=42."""
+    if "=" in gold or "→" in gold:
+        return False
+    if re.search(r"\\(?:to|rightarrow|Rightarrow|implies|mapsto)(?![a-zA-Z])|→|⇒", answer):
+        return True
+    sides = re.sub(r"\\[a-zA-Z]+", "", answer).split("=")[:-1]
+    return any(re.search(r"\d", side) and not re.search("[a-zA-Z]", side) for side in sides)
+
+
+def verify_math(gold: str, answer: str) -> bool:
+    """math-verify's verdict; runs in the worker process."""
+    from math_verify import parse, verify
+
+    gold, answer = (parse(f"\\boxed{{{s}}}", parsing_timeout=None) for s in (gold, answer))
+    return bool(gold and answer and verify(gold, answer, timeout_seconds=None))
+
+
+def start_worker(trainer: int) -> None:
+    """In the worker: signals are for the trainer, which finishes its step first. It ends with the trainer."""
+    logging.disable()  # math-verify warns at every call that it has no time limit of its own
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=end_with, args=(trainer,), daemon=True).start()
+
+
+def end_with(trainer: int) -> None:
+    while os.getppid() == trainer:
+        time.sleep(1)
+    os._exit(0)
+
+
+@lru_cache(maxsize=1)
+def math_pool():
+    """One worker process, started at the first question: a clean interpreter, not a copy of the trainer.
+
+    RuntimeError if math-verify does not work there.
+    """
+    import loky
+
+    pool = loky.ProcessPoolExecutor(max_workers=1, initializer=start_worker, initargs=(os.getpid(),))
+    if not pool.submit(verify_math, "1", "1").result(timeout=120):  # loading sympy does not count
+        raise RuntimeError("the math-verify worker does not start; check `python -c 'import math_verify'`")
+    return pool
+
+
+def same_value(gold: str, answer: str, seconds: float = MATH_SECONDS) -> bool:
+    """Are they equal? If the worker raises, dies or misses the deadline, at which it is killed, they are not."""
+    with MATH_LOCK:
+        try:
+            future = math_pool().submit(verify_math, gold, answer)
+        except BrokenExecutor:  # it died since or at the last question
+            math_pool.cache_clear()
+            future = math_pool().submit(verify_math, gold, answer)
+        try:
+            return future.exception(timeout=seconds) is None and future.result()
+        except TimeoutError:
+            math_pool().shutdown(kill_workers=True)
+            math_pool.cache_clear()
+            return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Judges: judge(items) -> list[bool] for items (instruction, answer, question)
+
+
+@lru_cache(maxsize=2)
+def _judge_template(language: str) -> str:
+    return (DATA / "prompts" / f"judge_{language}.txt").read_text(encoding="utf-8").strip()
+
+
+def _is_zh(s: str) -> bool:
+    return len(CJK.findall(s)) * 2 > len(text_of(s).words)
+
+
+def judge_prompt(instruction: str, answer: str, question: str) -> str:
+    """The user message to a judge, in the question's language. The question comes last: the prompts share a prefix."""
+    parts = {"{instruction}": instruction, "{answer}": answer, "{question}": question}
+    template = _judge_template("zh" if _is_zh(question) else "en")
+    return re.sub(r"\{(instruction|answer|question)\}", lambda m: parts[m[0]], template)
+
+
+class LocalJudge:
+    """A causal language model as judge: yes iff log p("yes") > log p("no") as its reply (the published training judge).
+
+    Its own tokenizer and chat template are used. The prompts of one answer differ only in the question: their common
+    prefix is run once, its keys and values serve all questions, and `rows` questions go through the model at a time.
+    A prompt longer than `max_tokens` loses the middle of the answer (then of the instruction), never of the question;
+    such answers are counted in `truncated`.
+    """
+
+    def __init__(self, model, tokenizer, *, max_tokens: int = 4096, rows: int = 32):
+        self.model, self.tokenizer, self.rows = model, tokenizer, rows
+        self.max_tokens = min(max_tokens, getattr(model.config, "max_position_embeddings", max_tokens))
+        self.replies = [self._ids("yes"), self._ids("no")]
+        self.asked = self.truncated = self.unreadable = 0
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _prompt_ids(self, instruction: str, answer: str, question: str) -> list[int]:
+        text = judge_prompt(instruction, answer, question)
+        if self.tokenizer.chat_template:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        return self._ids(text)
+
+    def _without_middle(self, text: str, drop: int) -> str:
+        ids = self._ids(text)
+        keep = max(0, len(ids) - drop)
+        tail = self.tokenizer.decode(ids[len(ids) - keep // 2:]) if keep > 1 else ""
+        return f"{self.tokenizer.decode(ids[: keep - keep // 2])} … {tail}"
+
+    def _fit(self, instruction: str, answer: str, questions: list[str]) -> list[list[int]]:
+        """Token ids of each question's prompt, with one shortening for all of them."""
+        prompts, cut = [self._prompt_ids(instruction, answer, q) for q in questions], False
+        room = self.max_tokens - max(map(len, self.replies))
+        while (over := max(map(len, prompts)) - room) > 0:
+            cut = True
+            if len(self._ids(answer)) > 8:
+                answer = self._without_middle(answer, over + 8)
+            elif len(self._ids(instruction)) > 8:
+                instruction = self._without_middle(instruction, over + 8)
+            else:
+                raise ValueError(f"a judge question is {over} tokens too long for the judge's {self.max_tokens}")
+            prompts = [self._prompt_ids(instruction, answer, q) for q in questions]
+        self.truncated += cut
+        return prompts
+
+    def __call__(self, items) -> list[bool]:
+        groups = defaultdict(list)  # (instruction, answer, language) -> positions of its questions
+        for i, (instruction, answer, question) in enumerate(items):
+            groups[instruction, answer, _is_zh(question)].append(i)
+        jobs = []  # (shared prefix, positions, what follows the prefix for each)
+        for (instruction, answer, _), positions in groups.items():
+            prompts = self._fit(instruction, answer, [items[i][2] for i in positions])
+            shared = min(map(len, prompts)) - 1
+            shared = next((n for n in range(shared) if len({p[n] for p in prompts}) > 1), shared)
+            jobs.append((prompts[0][:shared], positions, [p[shared:] for p in prompts]))
+        self.asked += len(items)
+        verdicts = [False] * len(items)
+        jobs.sort(key=lambda job: len(job[0]))  # equal lengths together: less padding
+        while jobs:
+            batch = [jobs.pop()]
+            while jobs and sum(len(job[1]) for job in batch) + len(jobs[-1][1]) <= self.rows:
+                batch.append(jobs.pop())
+            for i, yes in zip([i for job in batch for i in job[1]], self._run(batch), strict=True):
+                verdicts[i] = yes
+        return verdicts
+
+    def _run(self, batch) -> list[bool]:
+        import torch
+
+        def padded(rows):  # on the left, so that the last column is every row's last token
+            width = max(map(len, rows))
+            ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=self.model.device)
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
+            return ids, mask
+
+        # one row per question; two, each with a reply but for its last token, where a reply has several tokens
+        per = 1 if max(map(len, self.replies)) == 1 else 2
+        tails = [tail + reply[:-1] for *_, group in batch for tail in group for reply in self.replies[:per]]
+        home = [g for g, (*_, group) in enumerate(batch) for _ in group for _ in range(per)]
+        with torch.inference_mode():
+            ids_GT, mask_GT = padded([prefix for prefix, *_ in batch])
+            position_GT = (mask_GT.cumsum(1) - 1).clamp(min=0)
+            cache = self.model(input_ids=ids_GT, attention_mask=mask_GT, position_ids=position_GT, use_cache=True,
+                               logits_to_keep=torch.tensor([-1])).past_key_values
+            home_R = torch.tensor(home, device=self.model.device)
+            cache.reorder_cache(home_R)
+            ids_RT, mask_RT = padded(tails)
+            mask_RS = torch.cat([mask_GT[home_R], mask_RT], dim=1)
+            position_RT = (mask_RS.cumsum(1) - 1).clamp(min=0)[:, -ids_RT.shape[1]:]
+            logits_RKV = self.model(input_ids=ids_RT, attention_mask=mask_RS, position_ids=position_RT,
+                                    past_key_values=cache,
+                                    logits_to_keep=torch.arange(-max(map(len, self.replies)), 0)).logits
+            logp_RKV = logits_RKV.float().log_softmax(-1)
+        yes, no = ([sum(logp_RKV[row, j - len(reply), token].item() for j, token in enumerate(reply))
+                    for row in range(r if per == 2 else 0, len(tails), per)]
+                   for r, reply in enumerate(self.replies))
+        return [a > b for a, b in zip(yes, no, strict=True)]
+
+
+class EndpointJudge:
+    """A served model as judge. `chat` is `model.Endpoint.chat` or any function of that form.
+
+    The verdict is read from the first token's alternatives where a completion has them (`top_logprobs`: one dict
+    token -> log p per position), else from the text. An unreadable or missing reply is False, counted in `unreadable`.
+    """
+
+    def __init__(self, chat, *, max_tokens: int = 16):
+        self.chat, self.max_tokens = chat, max_tokens
+        self.asked = self.unreadable = 0
+
+    def __call__(self, items) -> list[bool]:
+        conversations = [[{"role": "user", "content": judge_prompt(*item)}] for item in items]
+        replies = self.chat(conversations, n=1, max_tokens=self.max_tokens, temperature=0.0, stop=(), seed=0)
+        verdicts = [read_verdict(reply[0]) if reply else None for reply in replies]
+        self.asked += len(items)
+        self.unreadable += verdicts.count(None)
+        return [verdict is True for verdict in verdicts]
+
+
+def read_verdict(completion) -> bool | None:
+    """Yes or no of one judge completion, None if it says neither or both. A question said again is no answer."""
+    alternatives = (getattr(completion, "top_logprobs", None) or [{}])[0]
+    yes, no = (max((p for token, p in alternatives.items() if token.strip().lower() in reply), default=None)
+               for reply in (("yes", "是"), ("no", "否")))
+    if yes is not None and no is not None:
+        return yes > no
+    text = (completion.text or "").rpartition("</think>")[2].lower()
+    text = re.sub(r"是否[^，。！？：:?\n]*|yes or no|yes/no|是或否|是/否", "", text)
+    words = re.findall(r"\b(?:not )?yes\b|\bno\b|[不未没][^，。]{0,4}?(?:是|满足|符合)|不\b|[是否]|满足|符合", text)
+    if re.match(r"\W*(?:(?:yes|no)(?![a-z])|是|否|不是|不?满足|不?符合)", text):
+        words = words[:1]  # a reply that opens with the verdict may go on to explain it
+    said = {word in ("yes", "是", "满足", "符合") for word in words}
+    return said.pop() if len(said) == 1 else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The constraint library
 #
 # A new constraint type is one function in this section and one row in data/constraints.jsonl; nothing else lists types:
 #
@@ -511,19 +1006,6 @@ def load_json(s: str, strict: bool = True):
         return None
 
 
-def spans(s: str, opening: str, closing: str) -> list[str]:
-    """What stands between `opening` and the next `closing` on the same line (a lazy regular expression, but linear)."""
-    found = []
-    for line in s.split("\n"):
-        start = line.find(opening)
-        end = line.find(closing, start + len(opening))
-        while start >= 0 and end >= 0:
-            found.append(line[start + len(opening): end])
-            start = line.find(opening, end + len(closing))
-            end = line.find(closing, start + len(opening))
-    return found
-
-
 @official("keywords:existence")
 def official_existence(t, keywords):
     return all(find_all(pattern_of(word), t.s) for word in keywords)
@@ -577,7 +1059,8 @@ def official_nth_paragraph_first_word(t, num_paragraphs, nth_paragraph, first_wo
 
 @official("detectable_content:number_placeholders")
 def official_number_placeholders(t, num_placeholders):
-    return len(spans(t.s, "[", "]")) >= num_placeholders
+    lines = [line[: line.rfind("]") + 1] for line in t.s.split("\n")]  # an opening bracket without a closing one is cut
+    return sum(len(re.findall(r"\[[^\]]*\]", line)) for line in lines) >= num_placeholders
 
 
 @official("detectable_content:postscript")
@@ -812,7 +1295,7 @@ def json_format(t):
 
 @checker("detectable_format:title")
 def title(t):
-    return official_title(t) or any(map(str.strip, spans(t.s, "《《", "》》")))
+    return official_title(t) or re.search(r"《《\s*[^\s《》][^\n《》]*》》", t.s) is not None
 
 
 @checker("combination:repeat_prompt")
@@ -1466,379 +1949,3 @@ def render(constraint_id: str, kwargs: dict, language: str, variant: int) -> str
 
     wordings = constraint.wordings[language]
     return re.sub(r"\{(\w+)(?::([^|{}]*)\|([^{}]*))?\}", fill, wordings[variant % len(wordings)])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Math
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Content of the last closed `\boxed{...}`, braces matched (`\{` and `\}` are plain signs); None without one."""
-    open_boxes, last, start_of_last = [], None, -1
-    for m in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
-        if m[0] == "}":
-            if open_boxes and (box := open_boxes.pop()) is not None and box.start() > start_of_last:
-                last, start_of_last = text[box.end(): m.start()], box.start()
-        elif m[0] == "{":
-            open_boxes.append(None)
-        elif m[0].startswith("\\boxed"):
-            open_boxes.append(m)
-    return last
-
-
-class MathWorker:
-    """math-verify in a process of its own: sympy may run for hours on a hostile answer, so each call has a deadline.
-
-    The process starts at the first question; one that misses the deadline is killed and the answer counts as wrong.
-    """
-
-    def __init__(self, deadline: float = 5.0):
-        self.deadline, self.process, self.lock = deadline, None, threading.Lock()
-
-    def _exchange(self, line: str, seconds: float) -> str:
-        timer = threading.Timer(seconds, self.process.kill)
-        timer.start()
-        try:
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
-            return self.process.stdout.readline().strip()
-        except BrokenPipeError:
-            return ""
-        except BaseException:  # interrupted: its reply would be taken for that of the next question
-            self.process.kill()
-            raise
-        finally:
-            timer.cancel()
-
-    def same(self, gold: str, answer: str) -> bool:
-        with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self.process = subprocess.Popen(
-                    [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL, text=True, encoding="utf-8")
-                if self._exchange(json.dumps(["1", "1"]), 120.0) != "true":  # loading sympy does not count
-                    raise RuntimeError("the math-verify worker does not start; check `python -c 'import math_verify'`")
-            reply = self._exchange(json.dumps([gold, answer]), self.deadline)
-            if reply not in ("true", "false"):  # killed at the deadline, or sympy brought it down
-                self.process.kill()
-                self.process.wait()
-            return reply == "true"
-
-
-MATH_WORKER = MathWorker()
-
-
-def math_reward(text: str, gold: str) -> float:
-    r"""+2 if the last `\boxed{}` of the whole completion equals `gold`, -1.5 if not, -2 without any; format aside.
-
-    math-verify decides what is equal (AC is CA, 1.0e3 and 5元 are not understood), except that a box that shows
-    several results (41=42, 41 \to 42) is wrong. `\boxed 5` is no box.
-    """
-    answer = last_boxed(text)
-    if answer is None:
-        return -2.0
-    answer, gold = (" ".join(re.sub(r"\\[,;:!]", "", s).split()) for s in (answer, last_boxed(gold) or gold))
-    correct = 0 < len(answer) <= 1000 and not shows_steps(answer, gold) and (
-        answer == gold or MATH_WORKER.same(gold, answer))
-    return 2.0 if correct else -1.5
-
-
-def shows_steps(answer: str, gold: str) -> bool:
-    """Does the box hold a derivation, of which math-verify would take the end? Names before "=" are none: x=42."""
-    if re.search(r"\\(?:to|rightarrow|Rightarrow|implies|mapsto)(?![a-zA-Z])|→|⇒", answer):
-        return "=" not in gold and "→" not in gold
-    sides = re.sub(r"\\[a-zA-Z]+", "", answer).split("=")[:-1]
-    return "=" not in gold and any(re.search(r"\d", side) and not re.search("[a-zA-Z]", side) for side in sides)
-
-
-def _math_worker_main() -> None:
-    """The worker: reads [gold, answer] lines, writes true or false. `python rewards.py` is this."""
-    from math_verify import parse, verify
-
-    for number in (signal.SIGINT, signal.SIGTERM):  # the trainer's: it finishes its step, and this ends with its pipe
-        signal.signal(number, signal.SIG_IGN)
-    for line in sys.stdin:
-        gold, answer = (parse(f"\\boxed{{{s}}}", parsing_timeout=None) for s in json.loads(line))
-        print(json.dumps(bool(gold and answer and verify(gold, answer, timeout_seconds=None))), flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Judges: judge(items) -> list[bool] for items (instruction, answer, question)
-
-
-@lru_cache(maxsize=2)
-def _judge_template(language: str) -> str:
-    return (DATA / "prompts" / f"judge_{language}.txt").read_text(encoding="utf-8").strip()
-
-
-def _is_zh(s: str) -> bool:
-    return len(CJK.findall(s)) * 2 > len(text_of(s).words)
-
-
-def judge_prompt(instruction: str, answer: str, question: str) -> str:
-    """The user message to a judge, in the question's language. The question comes last: the prompts share a prefix."""
-    parts = {"{instruction}": instruction, "{answer}": answer, "{question}": question}
-    template = _judge_template("zh" if _is_zh(question) else "en")
-    return re.sub(r"\{(instruction|answer|question)\}", lambda m: parts[m[0]], template)
-
-
-class LocalJudge:
-    """A causal language model as judge: yes iff log p("yes") > log p("no") as its reply (the published training judge).
-
-    Its own tokenizer and chat template are used. The prompts of one answer differ only in the question: their common
-    prefix is run once, its keys and values serve all questions, and `rows` questions go through the model at a time.
-    A prompt longer than `max_tokens` loses the middle of the answer (then of the instruction), never of the question;
-    such answers are counted in `truncated`.
-    """
-
-    def __init__(self, model, tokenizer, *, max_tokens: int = 4096, rows: int = 32):
-        self.model, self.tokenizer, self.rows = model, tokenizer, rows
-        self.max_tokens = min(max_tokens, getattr(model.config, "max_position_embeddings", max_tokens))
-        self.replies = [self._ids("yes"), self._ids("no")]
-        self.asked = self.truncated = self.unreadable = 0
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _prompt_ids(self, instruction: str, answer: str, question: str) -> list[int]:
-        text = judge_prompt(instruction, answer, question)
-        if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
-        return self._ids(text)
-
-    def _without_middle(self, text: str, drop: int) -> str:
-        ids = self._ids(text)
-        keep = max(0, len(ids) - drop)
-        tail = self.tokenizer.decode(ids[len(ids) - keep // 2:]) if keep > 1 else ""
-        return f"{self.tokenizer.decode(ids[: keep - keep // 2])} … {tail}"
-
-    def _fit(self, instruction: str, answer: str, questions: list[str]) -> list[list[int]]:
-        """Token ids of each question's prompt, with one shortening for all of them."""
-        prompts, cut = [self._prompt_ids(instruction, answer, q) for q in questions], False
-        room = self.max_tokens - max(map(len, self.replies))
-        while (over := max(map(len, prompts)) - room) > 0:
-            cut = True
-            if len(self._ids(answer)) > 8:
-                answer = self._without_middle(answer, over + 8)
-            elif len(self._ids(instruction)) > 8:
-                instruction = self._without_middle(instruction, over + 8)
-            else:
-                raise ValueError(f"a judge question is {over} tokens too long for the judge's {self.max_tokens}")
-            prompts = [self._prompt_ids(instruction, answer, q) for q in questions]
-        self.truncated += cut
-        return prompts
-
-    def __call__(self, items) -> list[bool]:
-        groups = defaultdict(list)  # (instruction, answer, language) -> positions of its questions
-        for i, (instruction, answer, question) in enumerate(items):
-            groups[instruction, answer, _is_zh(question)].append(i)
-        jobs = []  # (shared prefix, positions, what follows the prefix for each)
-        for (instruction, answer, _), positions in groups.items():
-            prompts = self._fit(instruction, answer, [items[i][2] for i in positions])
-            shared = min(map(len, prompts)) - 1
-            shared = next((n for n in range(shared) if len({p[n] for p in prompts}) > 1), shared)
-            jobs.append((prompts[0][:shared], positions, [p[shared:] for p in prompts]))
-        self.asked += len(items)
-        verdicts = [False] * len(items)
-        jobs.sort(key=lambda job: len(job[0]))  # equal lengths together: less padding
-        while jobs:
-            batch = [jobs.pop()]
-            while jobs and sum(len(job[1]) for job in batch) + len(jobs[-1][1]) <= self.rows:
-                batch.append(jobs.pop())
-            for i, yes in zip([i for job in batch for i in job[1]], self._run(batch), strict=True):
-                verdicts[i] = yes
-        return verdicts
-
-    def _run(self, batch) -> list[bool]:
-        import torch
-
-        def padded(rows):  # on the left, so that the last column is every row's last token
-            width = max(map(len, rows))
-            ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=self.model.device)
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
-            return ids, mask
-
-        # one row per question; two, each with a reply but for its last token, where a reply has several tokens
-        per = 1 if max(map(len, self.replies)) == 1 else 2
-        tails = [tail + reply[:-1] for *_, group in batch for tail in group for reply in self.replies[:per]]
-        home = [g for g, (*_, group) in enumerate(batch) for _ in group for _ in range(per)]
-        with torch.inference_mode():
-            ids_GT, mask_GT = padded([prefix for prefix, *_ in batch])
-            position_GT = (mask_GT.cumsum(1) - 1).clamp(min=0)
-            cache = self.model(input_ids=ids_GT, attention_mask=mask_GT, position_ids=position_GT, use_cache=True,
-                               logits_to_keep=torch.tensor([-1])).past_key_values
-            home_R = torch.tensor(home, device=self.model.device)
-            cache.reorder_cache(home_R)
-            ids_RT, mask_RT = padded(tails)
-            mask_RS = torch.cat([mask_GT[home_R], mask_RT], dim=1)
-            position_RT = (mask_RS.cumsum(1) - 1).clamp(min=0)[:, -ids_RT.shape[1]:]
-            logits_RKV = self.model(input_ids=ids_RT, attention_mask=mask_RS, position_ids=position_RT,
-                                    past_key_values=cache,
-                                    logits_to_keep=torch.arange(-max(map(len, self.replies)), 0)).logits
-            logp_RKV = logits_RKV.float().log_softmax(-1)
-        yes, no = ([sum(logp_RKV[row, j - len(reply), token].item() for j, token in enumerate(reply))
-                    for row in range(r if per == 2 else 0, len(tails), per)]
-                   for r, reply in enumerate(self.replies))
-        return [a > b for a, b in zip(yes, no, strict=True)]
-
-
-class EndpointJudge:
-    """A served model as judge. `chat` is `model.Endpoint.chat` or any function of that form.
-
-    The verdict is read from the first token's alternatives where a completion has them (`top_logprobs`: one dict
-    token -> log p per position), else from the text. An unreadable or missing reply is False, counted in `unreadable`.
-    """
-
-    def __init__(self, chat, *, max_tokens: int = 16):
-        self.chat, self.max_tokens = chat, max_tokens
-        self.asked = self.unreadable = 0
-
-    def __call__(self, items) -> list[bool]:
-        conversations = [[{"role": "user", "content": judge_prompt(*item)}] for item in items]
-        replies = self.chat(conversations, n=1, max_tokens=self.max_tokens, temperature=0.0, stop=(), seed=0)
-        verdicts = [read_verdict(reply[0]) if reply else None for reply in replies]
-        self.asked += len(items)
-        self.unreadable += verdicts.count(None)
-        return [verdict is True for verdict in verdicts]
-
-
-def read_verdict(completion) -> bool | None:
-    """Yes or no of one judge completion, None if it says neither or both. A question said again is no answer."""
-    alternatives = (getattr(completion, "top_logprobs", None) or [{}])[0]
-    yes, no = (max((p for token, p in alternatives.items() if token.strip().lower() in reply), default=None)
-               for reply in (("yes", "是"), ("no", "否")))
-    if yes is not None and no is not None:
-        return yes > no
-    text = (completion.text or "").rpartition("</think>")[2].lower()
-    text = re.sub(r"是否[^，。！？：:?\n]*|yes or no|yes/no|是或否|是/否", "", text)
-    words = re.findall(r"\b(?:not )?yes\b|\bno\b|[不未没][^，。]{0,4}?(?:是|满足|符合)|不\b|[是否]|满足|符合", text)
-    if re.match(r"\W*(?:(?:yes|no)(?![a-z])|是|否|不是|不?满足|不?符合)", text):
-        words = words[:1]  # a reply that opens with the verdict may go on to explain it
-    said = {word in ("yes", "是", "满足", "符合") for word in words}
-    return said.pop() if len(said) == 1 else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Rewards
-
-
-def format_reward(parsed: Parsed) -> float:
-    return 1.0 if parsed.format_ok else -1.0
-
-
-def accuracy_reward(verdicts: list[bool]) -> float:
-    """All constraints +2, some k/C, none -2 (paper section 3.3). ValueError on an empty list."""
-    if not verdicts:
-        raise ValueError("accuracy_reward needs at least one verdict")
-    return 2.0 if all(verdicts) else sum(verdicts) / len(verdicts) if any(verdicts) else -2.0
-
-
-def rules_x_judge(verdicts: list[bool], judged: list[bool]) -> float:
-    """Share of the rule verdicts, times 1 or 0 for the judge's (all yes or not); without rules the judge's alone."""
-    rules = [v for v, by_judge in zip(verdicts, judged, strict=True) if not by_judge]
-    soft = all(v for v, by_judge in zip(verdicts, judged, strict=True) if by_judge)
-    return (sum(rules) / len(rules) if rules else 1.0) * soft
-
-
-# Accuracy as a function of (verdicts, which of them a judge gave), for ablations.
-VARIANTS: dict[str, Callable[[list[bool], list[bool]], float]] = {
-    "raif": lambda verdicts, judged: accuracy_reward(verdicts),
-    "fraction": lambda verdicts, judged: sum(verdicts) / len(verdicts),
-    "all": lambda verdicts, judged: float(all(verdicts)),
-    "rules_x_judge": rules_x_judge,
-}
-
-
-def guards(answer: str, prompt: str, constraints=(), truncated: bool = False) -> list[str]:
-    """Names of the signs of reward hacking in an answer; they are reported, and change a reward only if asked to."""
-    t, raised = text_of(answer[:MAX_CHARS]), ["truncated"] if truncated else []
-    words = [w.casefold() for w in t.words]
-    if not words:
-        return [*raised, "empty"]
-
-    def grams(ws, n):
-        return list(zip(*(ws[i:] for i in range(n)), strict=False))
-
-    mine, theirs = grams(words, 5), set(grams([w.casefold() for w in text_of(prompt).words], 5))
-    asked_to_repeat = any(c.get("id") == "combination:repeat_prompt" for c in constraints)
-    if not asked_to_repeat and len(mine) > 5 and sum(g in theirs for g in mine) > len(mine) / 2:
-        raised.append("prompt_copied")
-    arguments = [c.get("kwargs") or {} for c in constraints]
-    wanted = [w for k in arguments for w in [*(k.get("keywords") or []), *filter(None, [k.get("keyword")])]]
-    if any(occurrences(t, w) > max(3, 0.2 * len(words) / len(text_of(w).words or [w])) for w in wanted):
-        raised.append("keyword_stuffing")
-    threes, often = grams(words, 3), Counter(t.sentences).most_common(1)
-    if len(threes) > 30 and len(set(threes)) < len(threes) / 2 or often and often[0][1] > 2:
-        raised.append("repetition")
-    return raised
-
-
-def count_slips(record: dict, answer: str) -> int:
-    """Single faults of an answer against the active code constraints of its record: 0 if and only if all hold."""
-    slips, t = 0, text_of(answer)
-    for c in record.get("constraints", []):
-        if c["kind"] == "code" and c["active"] and not check(c["id"], c["kwargs"], answer):
-            slips += max(1, SLIPS[c["id"]](t, **c["kwargs"]) if c["id"] in SLIPS else 1)
-    return slips
-
-
-@dataclass(frozen=True)
-class Score:
-    format: float
-    accuracy: float
-    total: float
-    verdicts: list[bool]  # one per active constraint, in order; of a math record: [correct]
-    guards: list[str] = field(default_factory=list)
-
-
-def score(records, completions, *, judge=None, family="cold", direct=False, mode="unicode", variant="raif",
-          apply_guards=False, truncated=None) -> list[Score]:
-    """The rule-centric reward of whole assistant turns; `records[i]` belongs to `completions[i]`.
-
-    An instruction with an invalid format, a blank answer or a blank or placeholder thought has accuracy -2, all
-    verdicts False. A constraint counts only if all it depends on hold, transitively; inactive ones are never scored.
-    direct=True (no-reasoning rollouts): no think check, the answer block or else all after the thought is the answer,
-    format 0, total = accuracy. The judge gets all questions of the call at once; ValueError if it is missing.
-    variant: one of VARIANTS. truncated: a flag per completion, for `guards`; with apply_guards a raised one fails all.
-    """
-    truncated = truncated or [False] * len(records)
-    questions, parsed_turns = [], []
-    for record, text in zip(records, completions, strict=True):
-        active = [c for c in record.get("constraints", []) if c.get("active", True)] if record["task"] != "math" else []
-        asked = [c["question"] for c in active if c["kind"] == "judge"]
-        if asked and judge is None:
-            raise ValueError(f"record {record['id']!r} has judge constraints; pass a judge")
-        parsed = parse_response(text, family)
-        valid = parsed.answer.strip() != "" and (direct or (parsed.format_ok and not is_placeholder(parsed.think)))
-        parsed_turns.append((parsed, valid, active))
-        if valid:
-            questions += [(record["messages"][-1]["content"], parsed.answer, question) for question in asked]
-    judged = iter(judge(questions) if questions else [])
-
-    scores = []
-    for record, text, cut, (parsed, valid, active) in zip(records, completions, truncated, parsed_turns, strict=True):
-        prompt = record["messages"][-1]["content"]
-        raised = guards(parsed.answer, prompt, active, cut)
-        if record["task"] == "math":
-            accuracy = math_reward(text, record["answer"])
-            verdicts = [accuracy == 2.0]
-        else:
-            holds = []
-            for c in record["constraints"]:
-                verdict = all(holds[j] for j in c.get("depends_on", ()))  # transitive: those carry their own
-                if valid and c.get("active", True):
-                    verdict &= bool(next(judged)) if c["kind"] == "judge" else check(
-                        c["id"], c.get("kwargs"), parsed.answer, prompt=prompt, mode=mode)
-                holds.append(verdict)
-            failed = not valid or (apply_guards and raised)
-            verdicts = [hold and not failed for hold, c in zip(holds, record["constraints"], strict=True)
-                        if c.get("active", True)]
-            accuracy = VARIANTS[variant](verdicts, [c["kind"] == "judge" for c in active])
-        form = 0.0 if direct else format_reward(parsed)
-        scores.append(Score(form, accuracy, form + accuracy, verdicts, raised))
-    return scores
-
-
-if __name__ == "__main__":
-    _math_worker_main()
