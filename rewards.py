@@ -700,8 +700,9 @@ def read_verdict(completion) -> bool | None:
 #      "example": {"kwargs": {"keyword": "tea"}, "pass": "I like tea.", "fail": "Tea is tea."}}
 #
 # An argument is its type (see TYPES) and what random arguments are drawn from (see draw). In a wording `{n:item|items}`
-# is "item" where n is 1. Optional fields: "languages" of the requests that it suits, "ood": true (never trained on).
-# Two types with a tag in common, or one of which "avoids" a tag or the name of the other, are never asked for together.
+# is "item" where n is 1; the tests want three wordings in each language, and the row in one line. Optional fields:
+# "languages" of the requests that the type suits, "ood": true (held out, never trained on). Two types with a tag in
+# common, or one of which "avoids" a tag or the name of the other, are never asked for together.
 
 CHECKS: dict[str, Callable[..., bool]] = {}  # id -> checker(text, **arguments): the verdict of a careful reader
 COMPAT: dict[str, Callable[..., bool]] = {}  # IFEval's types as its authors score them
@@ -1204,6 +1205,7 @@ def is_traditional(s: str) -> bool:
 
 
 def speaks(t: Text, code: str) -> bool:
+    """zh and zh-cn, which the wordings call Chinese, take both forms of the characters; zh-tw only the traditional."""
     code = code.lower()
     if code.startswith("zh"):
         return t.main_language == "zh" and (code != "zh-tw" or is_traditional(t.s))
@@ -1815,10 +1817,7 @@ def check(constraint_id: str, kwargs: dict, response: str, *, prompt: str = "", 
     """
     if mode not in ("compat", "unicode"):
         raise ValueError(f"unknown mode {mode!r}; use 'compat' or 'unicode'")
-    return verdict_of(constraint_id, checked_arguments(constraint_id, kwargs), response, mode)
-
-
-def verdict_of(constraint_id: str, arguments: dict, response: str, mode: str) -> bool:
+    arguments = checked_arguments(constraint_id, kwargs)
     if not response.strip():
         return False
     if mode == "compat" and constraint_id in COMPAT:
@@ -1828,12 +1827,10 @@ def verdict_of(constraint_id: str, arguments: dict, response: str, mode: str) ->
 
 def check_loose(constraint_id: str, kwargs: dict, response: str, *, prompt: str = "", mode: str = "unicode") -> bool:
     """IFEval's loose verdict: one of eight variants passes (first, last, both lines dropped; all also without *)."""
-    if check(constraint_id, kwargs, response, prompt=prompt, mode=mode):
-        return True
-    lines, arguments = response.split("\n"), checked_arguments(constraint_id, kwargs)
+    lines = response.split("\n")
     cuts = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
-    variants = dict.fromkeys([*cuts, *(cut.replace("*", "") for cut in cuts)])
-    return any(verdict_of(constraint_id, arguments, variant, mode) for variant in variants if variant != response)
+    variants = dict.fromkeys([*cuts, *(cut.replace("*", "") for cut in cuts)])  # the response itself comes first
+    return any(check(constraint_id, kwargs, variant, prompt=prompt, mode=mode) for variant in variants)
 
 
 # ---------------------------------------------------------------- random constraints and their wordings
@@ -1897,8 +1894,8 @@ def load_constraints() -> dict[str, Constraint]:
     tags = {i: {i.partition(":")[2], *row["tags"]} for i, row in rows.items()}
     constraints = {}
     for i, row in rows.items():
-        conflicts = frozenset(j for j, other in rows.items() if tags[i] & tags[j] or tags[i] & set(other["avoids"])
-                              or tags[j] & set(row["avoids"]))
+        conflicts = frozenset(
+            j for j, other in rows.items() if tags[i] & {*tags[j], *other["avoids"]} or tags[j] & {*row["avoids"]})
         constraints[i] = Constraint(i, row["arguments"], row.get("languages", ["en", "zh"]), row.get("ood", False),
                                     conflicts, row["wordings"], row["example"])
     return constraints

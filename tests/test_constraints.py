@@ -223,6 +223,7 @@ OWN_CASES = [
     ("format:csv", {"columns": 2}, 'a,b\n"x, y",2', 'a,b\n"x" y,2'),
     ("content:iso_dates", {"number": 1, "relation": "exactly"}, "2024-02-29", "2023-02-29 and 12024-01-01"),
     ("content:acrostic", {"word": "茶香"}, "茶叶\n香味", "茶叶香味"),
+    ("content:acrostic", {"word": "SUN"}, "Sit\n\nUnder\nNice trees", "Sit\nUnder\nNice\nTrees"),
     ("punctuation:width", {"style": "half"}, "茶, 水.", "茶，水。"),
     ("keywords:last_word", {"word": "茶"}, "我喜欢喝茶。", "茶很好喝。"),
     ("language:paragraphs", {"languages": ["zh", "en"]}, "我喜欢喝茶。\n\nI like to drink tea with my friends.",
