@@ -36,7 +36,7 @@ from typing import Literal
 import torch
 
 import model as m
-from rewards import InputError, Score, count_slips, parse_response, read_records, score
+from rewards import InputError, Score, count_slips, load_reward, parse_response, read_records, score
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Config:
     loss: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # weight of a token: see token_weights
     clip_high: float = 0.0  # ε above 1 (DAPO's clip-higher); 0 = clip_eps
     advantage: Literal["group_norm", "mean_only", "none"] = "group_norm"  # (R − mean) / std, R − mean, or R itself
-    reward: Literal["raif", "fraction", "all", "rules_x_judge"] = "raif"  # accuracy part: see rewards.VARIANTS
+    reward: str = "raif"  # raif, fraction, all or rules_x_judge (rewards.VARIANTS), or your own as FILE.py:FUNCTION
     drop_zero_variance: bool = False  # groups of equal rewards leave the update: they add no KL and are not counted
     data: Literal["mixed", "complex", "math"] = "mixed"  # which records: both at math_ratio, or one kind alone
     # judges and the answer format
@@ -551,7 +551,7 @@ def report_rule(run: m.Run, cfg: Config) -> None:
     direct = sum(row["rollout/direct"] for row in run.history)
     skipped = sum(row["rollout/skipped_prompts"] for row in run.history)
     run.say(f"superior-CoT rule: {direct} direct rollouts seen, {skipped} prompts skipped; model in "
-            f"{run.folder / 'model'}")
+            f"{run.folder}/model")
     if cfg.superior_cot and direct == 0:
         raise InputError("the superior-CoT rule never saw a direct rollout: this was not a RAIF run; check that "
                          "--records holds instruction records, or give --no-superior-cot")
@@ -569,7 +569,7 @@ def report_step(run: m.Run) -> None:
     run.say((STATUS + STATUS_DEV if "dev/all_met" in shown else STATUS).format_map(shown))
     if run.step % 10 == 0 and all(row["reward/zero_variance"] == 1 for row in run.history[-10:]):
         run.say("warning: in the last ten steps no reward differed within a group: nothing is learned; look at "
-                f"{run.folder / 'samples'}: is every answer right, or every one wrong?")
+                f"{run.folder}/samples: is every answer right, or every one wrong?")
 
 
 # ---------------------------------------------------------------- the run
@@ -588,6 +588,7 @@ def check_settings(cfg: Config) -> Config:
                          "--no-superior-cot")
     if cfg.offload != "none" and not cfg.shard:
         raise InputError(f"--offload {cfg.offload}: works with --shard, under torchrun")
+    load_reward(cfg.reward)  # an unknown one is an error now, not after the first rollouts
     return cfg
 
 

@@ -1446,17 +1446,18 @@ class EndpointJudge:
 
 
 def read_verdict(completion) -> bool | None:
-    """Yes or no of one judge completion, None if it says neither or both."""
+    """Yes or no of one judge completion, None if it says neither or both. A question said again is no answer."""
     alternatives = (getattr(completion, "top_logprobs", None) or [{}])[0]
     yes, no = (max((p for token, p in alternatives.items() if token.strip().lower() in reply), default=None)
                for reply in (("yes", "是"), ("no", "否")))
     if yes is not None and no is not None:
         return yes > no
-    text = (completion.text or "").rpartition("</think>")[2].lower().replace("是否", "")  # "whether" is no answer
-    words = re.findall(r"\b(?:yes|no)\b|不是|[是否]", text)
-    if re.match(r"\W*(?:yes|no|是|否|不是)(?![a-z])", text):
+    text = (completion.text or "").rpartition("</think>")[2].lower()
+    text = re.sub(r"是否[^，。！？：:?\n]*|yes or no|yes/no|是或否|是/否", "", text)
+    words = re.findall(r"\b(?:not )?yes\b|\bno\b|[不未没][^，。]{0,4}?(?:是|满足|符合)|不\b|[是否]|满足|符合", text)
+    if re.match(r"\W*(?:(?:yes|no)(?![a-z])|是|否|不是|不?满足|不?符合)", text):
         words = words[:1]  # a reply that opens with the verdict may explain it afterwards
-    said = {word in ("yes", "是") for word in words}
+    said = {word in ("yes", "是", "满足", "符合") for word in words}
     return said.pop() if len(said) == 1 else None
 
 

@@ -54,8 +54,8 @@ def properties(constraint, count):
         text = render(constraint.id, kwargs, language, rng.randrange(6))
         for name, value in values(kwargs):
             if name in ("language", "languages"):
-                value = rewards._phrases()["languages"][value][language == "zh"]
-            shown = rewards._phrases()["values_zh"].get(value, value) if language == "zh" else value
+                value = rewards.phrases()["languages"][value][language]
+            shown = rewards.phrases()["values_zh"].get(value, value) if language == "zh" else value
             assert str(shown) in text, (name, value, text)
         words = [value for name, value in values(kwargs) if constraint.arguments[name] in (["text"], ["words", 1, 3])]
         assert len(words) == len(set(words))  # a word never stands twice in one constraint
@@ -193,6 +193,20 @@ SCRIPTS = [  # kind, kwargs, text, compat verdict, unicode verdict
 ]
 
 
+SCRIPTS += [  # an exact number is exact, a highlight counts once, capitals alone are not English, half is Chinese
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* tea\n* milk\n* water", False, False),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 3}, "* tea\n* milk\n* water", True, True),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 1}, "Use **fresh** water.", True, True),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "Use **fresh** water.", False, False),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 3}, "Use *fresh* and *cold* water.", False,
+     False),
+    ("change_case:english_capital", {}, "DER FLUSS IST RUHIG UND DIE VÖGEL SINGEN HEUTE.", False, False),
+    ("change_case:english_lowercase", {}, "der fluss ist ruhig und die vögel singen heute.", False, False),
+    ("language:response_language", {"language": "zh-cn"}, "我喝热茶 with my old friends", False, True),
+    ("language:response_language", {"language": "zh-cn"}, "我喝热茶 with my very old friends", False, False),
+]
+
+
 @pytest.mark.parametrize("kind,kwargs,text,compat,unicode", SCRIPTS)
 def test_scripts_and_markdown(kind, kwargs, text, compat, unicode):
     assert (check(kind, kwargs, text, mode="compat"), check(kind, kwargs, text)) == (compat, unicode)
@@ -209,6 +223,7 @@ OWN_CASES = [
     ("format:csv", {"columns": 2}, 'a,b\n"x, y",2', 'a,b\n"x" y,2'),
     ("content:iso_dates", {"number": 1, "relation": "exactly"}, "2024-02-29", "2023-02-29 and 12024-01-01"),
     ("content:acrostic", {"word": "茶香"}, "茶叶\n香味", "茶叶香味"),
+    ("content:acrostic", {"word": "SUN"}, "Sit\n\nUnder\nNice trees", "Sit\nUnder\nNice\nTrees"),
     ("punctuation:width", {"style": "half"}, "茶, 水.", "茶，水。"),
     ("keywords:last_word", {"word": "茶"}, "我喜欢喝茶。", "茶很好喝。"),
     ("language:paragraphs", {"languages": ["zh", "en"]}, "我喜欢喝茶。\n\nI like to drink tea with my friends.",
@@ -227,6 +242,137 @@ OWN_CASES = [
 @pytest.mark.parametrize("kind,kwargs,passing,failing", OWN_CASES)
 def test_own_kinds(kind, kwargs, passing, failing):
     assert check(kind, kwargs, passing) and not check(kind, kwargs, failing)
+
+
+CAREFUL = {  # kind -> (kwargs, text, verdict): answers that were once accepted wrongly, or refused
+    "format:latex_balanced": [
+        ({}, "It costs $5 today and $6 tomorrow.", False), ({}, r"The path is C:\Users", False),
+        ({}, "Tea is {warm}.", False), ({}, r"\[ x = 1", False), ({}, r"\( x = 1 \]", False),
+        ({}, "Tea is warm.", False), ({}, r"\[ x = 1 \] costs \$5", True), ({}, "So $x + 1$ and $y$.", True),
+        ({}, "$$\nx = 1\n$$", True), ({}, r"\textbf{tea} is $warm", False), ({}, r"a \\[2pt] \emph{b}", True)],
+    "format:code_block": [
+        ({"tag": "python"}, "```python\n```\nAll of my answer is out here.", False),
+        ({"tag": "python"}, "```\nprint(1)\n```python", False), ({"tag": "python"}, "```python\nprint(1)", False),
+        ({"tag": "python"}, "````python\n```\nprint(1)\n```\n````", True),
+        ({"tag": "python"}, "```python\n~~~\nprint(1)\n```", True)],
+    "format:key_values": [
+        ({"keys": ["topic", "answer"]}, "topic:\nanswer:", False),
+        ({"keys": ["topic", "answer"]}, "Here it is\ntopic: tea\nanswer: warm", False),
+        ({"keys": ["topic", "answer"]}, "**Topic:** tea\n- answer：warm: yes", True)],
+    "format:csv": [
+        ({"columns": 2}, "Tea is warm, and sweet.\nCoffee is hot, and strong.", False),
+        ({"columns": 2}, "name,\ntea,warm", False), ({"columns": 2}, "name, taste\ntea, It is warm.", True)],
+    "format:html_balanced": [
+        ({}, "<b></b> plain text", False), ({}, "<p>tea</p> <unclosed", False), ({}, "Tea is <b>warm</b>.", True),
+        ({}, "<p>1 < 2</p>", True)],
+    "length:words_per_item": [
+        ({"most": 3}, "* Boil\n  the fresh water for five long minutes\n* Pour", False),
+        ({"most": 3}, "* Boil\n1. Pour the fresh water slowly", False),
+        ({"most": 3}, "* Boil\n* Pour\n\nThat is all of it", True)],
+    "language:response_language": [
+        ({"language": "en"}, "The river is calm and the birds are singing now. 今天天气很好我们", False),
+        ({"language": "en"}, "The river is calm and all the birds of 北京 sing in a tree by the deep old water.", True),
+        ({"language": "zh-tw"}, "这个国家的人喜欢喝茶。", False),
+        ({"language": "zh-tw"}, "這個國家的人喜歡喝茶。", True),
+        ({"language": "en"}, "my teenage son spends all weekend in his room.", True),
+        *(({"language": code}, text, True) for code, text in (
+            ("de", "Der Fluss ist ruhig und schön."), ("fr", "Je bois du thé chaud."), ("es", "Me gusta mucho el té."),
+            ("it", "Il tè è a casa mia."), ("pt", "Eu gosto de chá do Brasil."))),
+        ({"language": "en"}, "Der Fluss ist ruhig.", False)],
+    "change_case:english_capital": [({}, "THE RIVER IS CALM AND THE BIRDS ARE SINGING NOW. 今天天气很好我们", False)],
+    "change_case:english_lowercase": [({}, "my teenage son spends all weekend in his room.", True)],
+    "language:paragraphs": [({"languages": ["en", "zh-cn"]}, "How does it work?\n\n茶很香。", True)],
+    "punctuation:width": [
+        ({"style": "full"}, "API,SDK和Web,都很好。", False), ({"style": "full"}, "价格是5,都好。", False),
+        ({"style": "full"}, "绿茶(Green Tea)很香。", False), ({"style": "full"}, '他说"茶很香"。', False),
+        ({"style": "full"}, "1. 版本3.5，见a.com，10:30开始，don't慌。", True),
+        ({"style": "half"}, "绿茶「很香」, 真的.", False), ({"style": "half"}, "绿茶……很香", False),
+        ({"style": "half"}, "绿茶——真的", False)],
+    "detectable_content:number_placeholders": [
+        ({"num_placeholders": 1}, text, verdict) for text, verdict in (
+            ("Tea is warm [1].", False), ("Take a[i] and b[j].", False), ('["tea", "milk"]', False),
+            ("Tea.[^note]", False), ("尊敬的[姓名]", True), ("Dear [first name 1]", True))],
+    "detectable_format:number_highlighted_sections": [({"num_highlights": 1}, "2*3*4 = 24 and a*b*c", False)],
+    "detectable_content:postscript": [
+        ({"postscript_marker": "P.S."}, "P.S. is short for postscript. Tea is warm.", False),
+        ({"postscript_marker": "P.S."}, "The letters P.S. stand for it.", False),
+        ({"postscript_marker": "P.S."}, "Tea is warm.\n\n**P.S.** Add milk.", True),
+        ({"postscript_marker": "P.S."}, "Tea is warm. P.S. Add milk.", True)],
+    "startend:quotation": [
+        ({}, '"Yes," he said. "No."', False), ({}, "“茶。”他说。“水。”", False),
+        ({}, '"He said "tea" and left."', True),
+        ({}, "“他说“茶”。”", True)],
+    "change_case:capital_word_frequency": [
+        ({"capital_frequency": 1, "capital_relation": "at least"}, "I think I like what I drink. A cup.", False),
+        ({"capital_frequency": 2, "capital_relation": "at least"}, "I like HOT (GREEN) tea.", True)],
+    "content:no_digits": [({}, "Half a cup is ½.", False), ({}, "① Tea", False), ({}, "二〇二四年三月。", True)],
+    "detectable_format:json_format": [({}, "{}", False), ({}, "[]", False), ({}, '["tea"]', True)],
+    "keywords:existence": [
+        ({"keywords": ["cafe"]}, "The cafe\u0301 is open.", False),
+        ({"keywords": ["café"]}, "The cafe\u0301 is open.", True),
+        ({"keywords": ["don't"]}, "I don’t know.", True), ({"keywords": ["차"]}, "나는 차를 마신다.", True),
+        ({"keywords": ["차"]}, "나는 홍차를 마신다.", False)],
+    "keywords:forbidden_words": [
+        ({"forbidden_words": ["sugar"]}, "No su\u00adgar.", False),
+        ({"forbidden_words": ["sugar"]}, "No su**gar**.", False)],
+    "keywords:order": [
+        ({"first": "water", "second": "tea"}, "Tea is good. Boil water and add tea.", True),
+        ({"first": "water", "second": "tea"}, "Tea comes from water.", False)],
+    "length_constraints:number_words": [
+        ({"num_words": 6, "relation": "less than"}, "Don't panic, it's just tea.", True),
+        ({"num_words": 5, "relation": "less than"}, "Add 3.5 or 1,000 cups.", False),
+        ({"num_words": 6, "relation": "less than"}, "Add 3.5 or 1,000 cups.", True)],
+    "length_constraints:number_sentences": [
+        ({"num_sentences": 2, "relation": "less than"}, text, True) for text in (
+            "Many drinks, e.g. Indian tea, i.e. Assam, are warm.",
+            "It takes approx. Three minutes, see Fig. 3 for that.",
+            'He said: "Stop!" and left.', "He said: “Stop!” and left.")],
+    "format:table": [
+        ({"columns": 2, "rows": 1}, "|a|b|\n|-|-|\n|1|2|", True),
+        ({"columns": 2, "rows": 1}, "|a|b|\n|-|:-:|\n|1||", True)],
+    "format:numbered_list": [
+        ({"number": 2, "relation": "exactly"}, text, True) for text in (
+            "1. Boil\n   1. water\n   2. milk\n   3. tea\n2. Pour", "1. Boil\n2. Pour\n\nThen:\n\n1. Drink",
+            "**1. Boil**\n**2. Pour**", "（1）烧水\n（2）泡茶")] + [
+        ({"number": 2, "relation": "exactly"}, "2. Pour\n3. Drink", False)],
+    "content:questions": [
+        ({"number": 1} | AT_LEAST, "你喜欢吗？！", True), ({"number": 1} | AT_LEAST, "Really?! (Why?)", True)],
+    "content:iso_dates": [
+        ({"number": 1} | AT_LEAST, "At 2024-05-01T10:00 sharp.", True),
+        ({"number": 1} | AT_LEAST, "2024-05-01-17", False)],
+    "format:sorted_items": [({}, "* éclair\n* fig", True), ({}, "1. fig\n2. éclair", False)],
+    "format:xml": [({}, "<a><![CDATA[<!DOCTYPE b>]]></a>", True), ({}, "<!DOCTYPE a><a/>", False)],
+    "detectable_format:constrained_response": [
+        ({}, "My answer is **yes**.", True), ({}, "我的回答是:是.", True),
+        ({}, "My answer is yes. My answer is no.", False)],
+    "content:unique_sentence_starts": [({}, "Tea is warm.", True)],
+}
+
+
+@pytest.mark.parametrize("kind,case", [(kind, case) for kind, cases in CAREFUL.items() for case in cases])
+def test_a_careful_reader(kind, case):
+    kwargs, text, verdict = case
+    assert check(kind, kwargs, text) == verdict
+
+
+def test_languages_are_codes():
+    for kwargs in ({"language": "English"}, {"language": "en-US"}, {"language": 3}):
+        with pytest.raises(ValueError, match="language code"):
+            check("language:response_language", kwargs, "Tea is warm.")
+    with pytest.raises(ValueError, match="language codes"):
+        check("language:paragraphs", {"languages": ["en", "klingon"]}, "Tea is warm.")
+
+
+def test_compat_has_no_limit_of_length_and_no_runaway_pattern():
+    long = "word " * 10_001
+    assert check("punctuation:no_comma", {}, long, mode="compat")
+    assert check("length_constraints:number_words", {"num_words": 100, "relation": "at least"}, long, mode="compat")
+    assert not check("punctuation:no_comma", {}, long)
+    start = time.perf_counter()
+    for pattern in ("(a+)+b", "(a|a)" * 40 + "b", "a?" * 40 + "a" * 40):
+        assert not check("keywords:existence", {"keywords": [pattern]}, "a" * 39, mode="compat")
+    assert time.perf_counter() - start < 2
+    assert check("keywords:existence", {"keywords": ["t.a"]}, "warm tea", mode="compat")  # as officially
 
 
 def test_loose_variants():
@@ -269,10 +415,10 @@ BAIT = ["[", "(", "*", "**", "<<", "<a>", "{", "\\begin{a}", '"', "***", "a. ", 
         "# a\n", "😀", "\ud800", "\x00", "a" * 60 + "@", "<" + "a" * 25_000, "a|\n" + "-" * 25_000 + "x|"]
 
 
-def check_everything(text, limit):
+def check_everything(text, limit, modes=("unicode", "compat")):
     start = time.perf_counter()
     for kind, constraint in CONSTRAINTS.items():
-        for mode in ("unicode", "compat") if kind in rewards.COMPAT else ("unicode",):
+        for mode in modes if kind in rewards.COMPAT else ("unicode",):
             assert check(kind, constraint.example["kwargs"], text, mode=mode) in (True, False)
     rewards.guards(text, text)
     rewards.parse_response(text)
@@ -284,7 +430,7 @@ def check_everything(text, limit):
 def test_bait_is_linear(bait):
     check_everything("warm up: load the tables.", 60)
     check_everything(bait * (26_000 // len(bait)), 8)  # all kinds together; each alone stays below 1 s
-    check_everything(bait * (1_000_000 // len(bait)), 8)
+    check_everything(bait * (1_000_000 // len(bait)), 8, modes=("unicode",))  # compat has no limit of length
 
 
 TEXTS = st.one_of(

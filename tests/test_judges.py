@@ -69,8 +69,13 @@ def test_endpoint_judge():
     assert judge.asked == 9 and judge.unreadable == 2
     top = [{" Yes": -0.1, "No": -2.0, "yes": -5.0}]
     assert m.read_verdict(SimpleNamespace(text="No", top_logprobs=top)) is True
+    top = [{"Yes": -2.0, "no": -0.1}]
+    assert m.read_verdict(SimpleNamespace(text="Yes", top_logprobs=top)) is False
     assert m.read_verdict(SimpleNamespace(text="No", top_logprobs=[{"maybe": -1.0}])) is False
-    said = {"是否符合要求：否": False, "是否满足？不满足": None, "是否提到茶？是": True}
+    said = {"是否符合要求：否": False, "是否满足？不满足": False, "是否提到茶？是": True, "满足": True, "不符合": False,
+            "不": False, "不。": False, "未完全满足要求": False, "内容不长，是": True, "无法判断": None,
+            "not yes": False, "Not yes.": False, "Yes or no: no": False, "是/否：是": True, "Perhaps not": None,
+            "符合要求": True, "Yes, it does not rhyme": True, "No, yes would be wrong": False}
     assert {text: m.read_verdict(SimpleNamespace(text=text)) for text in said} == said
 
 
@@ -78,3 +83,6 @@ def test_judge_prompt_keeps_braces_apart():
     text = m.judge_prompt("Use {answer} and {x}.", "A {question}", "Is it?")
     assert "Use {answer} and {x}." in text and "A {question}" in text and text.rstrip().endswith("Is it?")
     assert m.judge_prompt("写", "茶", "是否正式？").startswith("请")
+    english = m.judge_prompt("写", "茶", "Is 茶 named in it?")  # more than half must be Chinese
+    assert english == m.judge_prompt("写", "茶", "Is it?").replace("Is it?", "Is 茶 named in it?")
+    assert m.judge_prompt("写", "茶", "是否提到 tea？").startswith("请")

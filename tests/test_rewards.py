@@ -1,10 +1,19 @@
 """Records, parsing, the rule-centric reward, math, judges, guards, and the official IFEval verdicts."""
 
 import gzip
+import importlib.util
 import json
+import operator
+import os
+import random
+import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import rewards
 from rewards import InputError, accuracy_reward, check, check_loose, math_reward, parse_response, read_records, score
@@ -127,6 +136,9 @@ def test_composition():
     assert score([selection], [turn("I like tea.")])[0] == rewards.Score(1, 2, 3, [True, True])
     through = record(TEA, code("startend:quotation", [0], active=False), code("content:no_digits", [1]))
     assert score([through], [turn("I like milk.")])[0].verdicts == [False, False]
+    both = record(TEA, code("content:no_digits"), code("punctuation:no_comma", [0, 1]))
+    assert score([both], [turn("I like milk.")])[0].verdicts == [False, True, False]  # the first dependency counts too
+    assert score([both], [turn("3 cups of tea.")])[0].verdicts == [True, False, False]
 
 
 def test_judge_constraints():
@@ -147,12 +159,25 @@ def test_judge_constraints():
     assert score(rows[:1], [turn("milk")], judge=judge)[0].verdicts == [False, True, False]
 
 
+def lenient(items):
+    return [True] * len(items)
+
+
+def test_a_blank_answer_meets_no_judged_constraint():
+    for text, direct in ((turn(" "), False), ("<think>\nI plan.\n</think>\n", True)):
+        result = score([record(asks("Is it short?"))], [text], judge=lenient, direct=direct)[0]
+        assert (result.accuracy, result.verdicts) == (-2.0, [False])
+
+
 def test_variants_and_guards():
     rows = [record(TEA, NO_COMMA, asks("Is it kind?"))]
     values = {v: score(rows, [turn("milk")], judge=lambda items: [True] * len(items), variant=v)[0].accuracy
               for v in rewards.VARIANTS}
     assert values == {"raif": 2 / 3, "fraction": 2 / 3, "all": 0.0, "rules_x_judge": 0.5}
-    assert rewards.rules_x_judge([True, False], [False, True]) == 0.0 and rewards.rules_x_judge([True], [True]) == 1.0
+    for verdicts, judged, value in (([True, False], [False, True], 0.0), ([True], [True], 1.0),
+                                    ([True, True, False], [False, True, True], 0.0)):  # one no of the judge is enough
+        seen = rewards.Turn(rows[0], "", parse_response(""), verdicts, judged, 1.0, 0.0)
+        assert rewards.rules_x_judge(seen) == (1.0, value)
     stuffed = turn("tea " * 30)
     result = score([record(TEA)], [stuffed])[0]
     assert result.accuracy == 2.0 and result.guards == ["keyword_stuffing"]
@@ -163,6 +188,77 @@ def test_variants_and_guards():
     assert rewards.guards(prompt, prompt, [code("combination:repeat_prompt", prompt_to_repeat=prompt)]) == []
     assert rewards.guards("Tea is warm. " * 20, "x") == ["repetition"] and rewards.guards("...", "x") == ["empty"]
     assert rewards.guards("我喜欢喝茶。" * 20, "x") == ["repetition"] and rewards.guards("我喜欢喝热茶。", "茶") == []
+    assert rewards.guards("tea is warm and " * 20, "x") == ["repetition"]  # within one sentence
+    words = [a + b for a in "bcdfgh" for b in ("at", "ed", "ig", "op", "un", "ay")]
+    assert rewards.guards(" ".join(words), "x") == [] and rewards.guards("Tea. Tea. " + " ".join(words), "x") == []
+
+
+MY_REWARD = '''
+from dataclasses import dataclass
+
+@dataclass
+class Weights:
+    words: float = 0.5
+
+def score(turn):
+    brevity = Weights().words if turn.answer_words <= 5 else 0.0
+    return 0.0, turn.accuracy + brevity
+
+def broken(turn):
+    return turn.accuracy
+
+LIMIT = 5
+'''
+
+
+def test_a_reward_of_ones_own(tmp_path):
+    path = tmp_path / "my_reward.py"
+    path.write_text(MY_REWARD, "utf-8")
+    rows = [record(NO_COMMA, TEA), {**record(), "task": "math", "answer": "42"}]
+    texts = [turn("I like tea."), turn(r"\boxed{42}")]
+    assert [r.total for r in score(rows, texts, variant=f"{path}:score")] == [2.5, 2.5]
+    assert [(r.format, r.accuracy) for r in score(rows, texts, variant="all")] == [(1.0, 1.0), (1.0, 1.0)]
+    seen = []
+
+    def spy(turn):
+        seen.append(turn)
+        return turn.format, 0.0
+
+    assert score(rows[:1], texts[:1], variant=spy)[0].accuracy == 0.0
+    assert (seen[0].text, seen[0].parsed.answer, seen[0].record["id"]) == (texts[0], "I like tea.", "r")
+    assert (seen[0].verdicts, seen[0].judged, seen[0].thought_words, seen[0].answer_words) == (
+        [True, True], [False, False], 2, 3)
+    for name, message in (("raiff", "one of raif"), ("no.py:score", "not a Python file"), (f"{path}:sorce", "'sorce'"),
+                          (f"{path}:LIMIT", "'LIMIT'"), (f"{path}", "FILE.py:FUNCTION"),
+                          (f"{path}:broken", "two finite")):
+        with pytest.raises(InputError, match=message):
+            score(rows[:1], texts[:1], variant=name)
+    assert rewards.load_reward("raif") is rewards.raif and rewards.load_reward(spy) is spy
+
+
+def test_a_new_type_is_one_function_and_one_row(tmp_path):
+    """A copy of the library with the function and the row that its own comment shows."""
+    source = (ROOT / "rewards.py").read_text("utf-8")
+    comment = source.partition("# 5. The constraint library")[2].partition("# An argument is")[0]
+    lines = [line.removeprefix("#     ") for line in comment.splitlines() if line.startswith("#     ")]
+    function, row = "\n".join(lines[:3]), " ".join(lines[3:])
+    assert function.startswith("@checker") and json.loads(row)["id"] == "keywords:once"
+    here = source.index("# ---------------------------------------------------------------- arguments")
+    (tmp_path / "rewards.py").write_text(f"{source[:here]}{function}\n\n\n{source[here:]}", "utf-8")
+    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("*teacher*", "benchmarks"))
+    with open(tmp_path / "data/constraints.jsonl", "a", encoding="utf-8") as file:
+        file.write(row + "\n")
+    spec = importlib.util.spec_from_file_location("rewards_with_once", tmp_path / "rewards.py")
+    copy = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    once = copy.CONSTRAINTS["keywords:once"]
+    kwargs = once.sample(random.Random(0), "en")
+    assert copy.render("keywords:once", kwargs, "en", 0) == f'Use "{kwargs["keyword"]}" once.'
+    assert not copy.compatible(["keywords:once", "keywords:frequency"])
+    row = record(code("keywords:once", keyword="tea"))
+    copy.validate_record(row)
+    assert [r.accuracy for r in copy.score([row] * 2, [turn("I like tea."), turn("Tea is tea.")])] == [2.0, -2.0]
+    assert once.check(**{"kwargs": once.example["kwargs"], "response": once.example["pass"]})
 
 
 # ---------------------------------------------------------------- math
@@ -174,18 +270,42 @@ def test_variants_and_guards():
     (r"\boxed{}", "42", -1.5), (r"\boxed{1 1/2}", "11/2", -1.5), (r"\boxed{ x + 1 }", "x+1", 2.0),
     (r"\boxed{1,000}", "1000", 2.0), (r"\boxed{\{1,2\}}", r"\{2,1\}", 2.0), (r"\boxed{x^2+2x+1}", "(x+1)^2", 2.0),
     (r"<think>\boxed{42}</think> no tags needed", "42", 2.0), (r"\boxed{\text{Monday}}", "Monday", 2.0),
+    (r"\boxed{41=42}", "42", -1.5), (r"\boxed{41 \to 42}", "42", -1.5), (r"\boxed{x=42}", "42", 2.0),
+    (r"\boxed{41 \Rightarrow 42}", "42", -1.5), (r"\boxed{x=1}", "x=1", 2.0), (r"\boxed{1\,000}", "1000", 2.0),
+    (r"\boxed 5", "5", -2.0), (r"\boxed{\theta=30}", "30", 2.0),
 ])
 def test_math_reward(text, gold, value):
     assert math_reward(text, gold) == value
 
 
 def test_math_has_a_deadline_and_recovers(monkeypatch):
-    worker = rewards.MathWorker(deadline=0.5)
-    assert worker.same("2", "1+1")
+    assert rewards.same_value("2", "1+1")
     start = time.monotonic()
-    assert not worker.same("1", "10^{10^{10^{10}}}")
+    assert not rewards.same_value("1", "10^{10^{10^{10}}}", seconds=0.5)
     assert time.monotonic() - start < 10
-    assert worker.same("2", "1+1")  # a new process
+    assert rewards.same_value("2", "1+1")  # a new process
+    monkeypatch.setattr(rewards, "verify_math", operator.truediv)
+    assert not rewards.same_value("2", "1+1")  # it raises: wrong, and the worker lives
+    monkeypatch.setattr(rewards, "verify_math", os.execv)
+    assert not rewards.same_value("/bin/false", ["false"])  # the worker becomes another program, which ends
+    monkeypatch.undo()
+    assert rewards.same_value("2", "1+1")
+
+
+def test_the_math_worker_does_not_outlive_a_killed_trainer():
+    program = ("import os, rewards; assert rewards.same_value('2', '1+1'); "  # no main guard needed
+               "print(*rewards.math_pool()._processes, flush=True); os.kill(os.getpid(), 9)")
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    worker = int(result.stdout)
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{worker}/cmdline").exists() and "loky" in Path(f"/proc/{worker}/cmdline").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_a_very_long_box_is_wrong_without_being_computed():
+    assert math_reward(r"\boxed{" + "1+" * 700 + "1}", "701") == -1.5
+    assert math_reward(r"\boxed{" + "9" * 1001 + "}", "9" * 1001) == -1.5  # not even the same text
 
 
 def test_last_boxed():
