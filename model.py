@@ -16,6 +16,7 @@ import functools
 import hashlib
 import html
 import inspect
+import itertools
 import json
 import os
 import random
@@ -211,19 +212,20 @@ def device() -> torch.device:
 
 def compute_dtype(precision: str) -> torch.dtype:
     """bf16 where the processor multiplies it natively, else float32. Master weights stay float32 either way."""
-    if precision == "auto":
-        if torch.cuda.is_available():
-            native = torch.cuda.is_bf16_supported()
-        else:
-            capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-            native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-        precision = "bf16" if native else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported()
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    if precision == "bf16" or (precision == "auto" and native):
+        return torch.bfloat16
+    return torch.float32
 
 
 def autocast(dtype: torch.dtype):
-    """bf16 arithmetic over float32 weights; no context at all for float32 and float64."""
-    return torch.autocast(device().type, dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
+    """bf16 arithmetic over float32 weights; without effect for float32 and float64."""
+    half = dtype == torch.bfloat16
+    return torch.autocast(device().type, torch.bfloat16, enabled=half)
 
 
 def sum_over_ranks(value: float) -> float:
@@ -241,7 +243,7 @@ def gather_objects(items: list) -> list:
         return list(items)
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
+    return list(itertools.chain.from_iterable(parts))
 
 
 def take_gradients(model) -> tuple[float, list]:
@@ -254,17 +256,19 @@ def take_gradients(model) -> tuple[float, list]:
     """
     gradients = []
     for parameter in model.parameters():
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradient = parameter.grad
+        if gradient is None:
+            gradient = torch.zeros_like(parameter)
         if dist.is_initialized() and not hasattr(model, "sharded_logprobs"):
             dist.all_reduce(gradient)
         gradients.append(gradient)
         parameter.grad = None
-    return whole_norm(torch.nn.utils.get_total_norm(gradients)), gradients
+    return whole(torch.nn.utils.get_total_norm(gradients)).item(), gradients
 
 
-def whole_norm(norm) -> float:
-    """A norm of a sharded or of a whole model as a number, the same on every rank."""
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+def whole(tensor):
+    """A sharded tensor put together, on every rank; another one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def optimizer_step(model, optimizer, parts: dict, number: int, sequences: list, run: Path) -> dict[str, float]:
@@ -278,8 +282,8 @@ def optimizer_step(model, optimizer, parts: dict, number: int, sequences: list, 
     for parameter, *gradients in zip(model.parameters(), *(tensors for _, tensors in parts.values()), strict=True):
         parameter.grad = functools.reduce(torch.Tensor.add_, gradients)
     parts.clear()  # or they would be kept in memory until the next update
-    norm = whole_norm(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
+    rank, _ = init_distributed()
     dumps = [run / "nonfinite" / f"update-{number - k:06d}-rank-{rank}.jsonl" for k in range(3)]
     if np.isfinite(norm):
         optimizer.step()
@@ -313,20 +317,17 @@ def shard_model(model, dtype: torch.dtype, *, offload: bool = False):
         CPUOffloadPolicy,
         FSDPModule,
         MixedPrecisionPolicy,
-        OffloadPolicy,
         fully_shard,
         register_fsdp_forward_method,
     )
 
     if not dist.is_initialized():
         raise InputError("--shard: only under torchrun, e.g. torchrun --standalone --nproc-per-node 8 grpo.py --shard")
-    half = dtype == torch.bfloat16
-    settings = {
-        "mesh": init_device_mesh(device().type, (dist.get_world_size(),)),
-        "mp_policy": MixedPrecisionPolicy(dtype, torch.float32) if half else MixedPrecisionPolicy(),
-        "offload_policy": CPUOffloadPolicy() if offload and torch.cuda.is_available() else OffloadPolicy(),
-        "reshard_after_forward": True,
-    }
+    settings = {"mesh": init_device_mesh(device().type, (dist.get_world_size(),)), "reshard_after_forward": True}
+    if dtype == torch.bfloat16:
+        settings["mp_policy"] = MixedPrecisionPolicy(dtype, torch.float32)
+    if offload and torch.cuda.is_available():
+        settings["offload_policy"] = CPUOffloadPolicy()
     for layer in model.get_decoder().layers:
         fully_shard(layer, **settings)
     fully_shard(model, **settings)
@@ -341,7 +342,7 @@ def shard_model(model, dtype: torch.dtype, *, offload: bool = False):
 def full_tensors(model):
     """(name, whole tensor) of every weight, one at a time; on a sharded model all ranks must go through it together."""
     for name, parameter in model.named_parameters():
-        yield name, (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
+        yield name, whole(parameter).detach()
 
 
 # ---------------------------------------------------------------- models
@@ -363,7 +364,7 @@ def load_model(name: str, *, dtype=torch.float32):
 
     if split_address(name)[1]:
         raise InputError(f"{name}: a served model cannot be loaded or trained here; give a hub name or a local folder")
-    folder = smollm2_folder() if name == DEFAULT_MODEL else name
+    folder = local_folder(name)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or name.split("/")[0] == "runs"
     if name != DEFAULT_MODEL and looks_local and not (Path(name) / "config.json").is_file():
         raise InputError(f"{name}: no model folder there (config.json is missing); run the stage that writes it, or "
@@ -377,6 +378,11 @@ def load_model(name: str, *, dtype=torch.float32):
                          f"a local folder or {DEFAULT_MODEL}") from error
     _use_group_attention(model)
     return model.to(device()).eval(), tokenizer
+
+
+def local_folder(name: str) -> str:
+    """What transformers and vLLM load a model from by name: the embedded default's folder, else the name itself."""
+    return str(smollm2_folder()) if name == DEFAULT_MODEL else name
 
 
 def smollm2_folder() -> Path:
@@ -508,7 +514,8 @@ def _has_system_role(tokenizer) -> bool:
 def eos_ids(model, tokenizer) -> list[int]:
     """Every token that ends a turn: the tokenizer's own first, then those of the generation config."""
     configured = model.generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
+    if not isinstance(configured, list):
+        configured = [configured]
     return list(dict.fromkeys(token for token in [tokenizer.eos_token_id, *configured] if token is not None))
 
 
@@ -569,7 +576,9 @@ def _head_logprobs(head, hidden_ND, target_N, temperature, chunk):
 
     def logprobs(hidden_CD, target_C):
         logits_CV = head(hidden_CD)
-        logits_CV = (logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()) / temperature
+        if logits_CV.dtype != torch.float64:
+            logits_CV = logits_CV.float()
+        logits_CV = logits_CV / temperature
         return -F.cross_entropy(logits_CV, target_C, reduction="none")
 
     if not torch.is_grad_enabled():
@@ -631,7 +640,9 @@ def build_packs(packs):
         for row_ids, start in rows:
             shift = len(packed) - prefix  # from a column of the row to that of the pack, beyond the prefix
             for i in range(start, len(row_ids)):
-                source = i - 1 if i - 1 < prefix else i - 1 + shift
+                source = i - 1
+                if source >= prefix:
+                    source += shift
                 index.append((b, source, row_ids[i], response, i - start))
             packed = packed + row_ids[prefix:]
             row_positions += range(prefix, len(row_ids))
@@ -653,7 +664,10 @@ def pack_mask(segments) -> torch.Tensor:
 
 def segment_mask(segments) -> torch.Tensor:
     """(S, Q, K) bool for `group_sdpa`: S segments of at most Q queries, each after its prefix, at most K keys."""
-    before_S = torch.tensor([before for prefix, *suffixes in segments for before in [0] + len(suffixes) * [prefix]])
+    before = []  # keys that a segment's first query sees besides itself
+    for prefix, *suffixes in segments:
+        before += [0] + len(suffixes) * [prefix]
+    before_S = torch.tensor(before)
     Q = max(max(lengths) for lengths in segments)
     K = max(lengths[0] + max(lengths[1:]) for lengths in segments)
     return torch.arange(K) <= before_S[:, None, None] + torch.arange(Q)[:, None]
@@ -708,7 +722,10 @@ def encode_expert(tokenizer, record: dict, family: str = "cold") -> Sequence:
     if family == "warm":  # records carry the cold family's tags; here what follows the thought is the answer
         parsed = parse_response(answer)
         answer = f"<think>\n{parsed.think}\n</think>\n\n{parsed.answer}"
-    answer = answer[len(prompt.prefill) :] if answer.startswith(prompt.prefill) else answer.removeprefix("<think>")
+    if answer.startswith(prompt.prefill):
+        answer = answer.removeprefix(prompt.prefill)
+    else:
+        answer = answer.removeprefix("<think>")
     answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
     return Sequence([*prompt.ids, *answer_ids, tokenizer.eos_token_id], len(prompt.ids))
 
@@ -810,8 +827,7 @@ def make_engine(backend: str, model, tokenizer, *, dtype=None, own_copy=False, s
     """
     if backend == "hf":
         return Engine(model, tokenizer, dtype=dtype, own_copy=own_copy)
-    folder = smollm2_folder() if source == DEFAULT_MODEL else source
-    return VllmEngine(str(folder), tokenizer, eos_ids(model, tokenizer), max_length, share)
+    return VllmEngine(local_folder(source), tokenizer, eos_ids(model, tokenizer), max_length, share)
 
 
 def engine_gap(sequences: list[Sequence]) -> dict:
@@ -839,7 +855,9 @@ class Engine:
         dtype = dtype or next(model.parameters()).dtype
         # A second copy in the rollout precision, unless the trainer's own weights already are in it.
         self.shares_weights = dtype == next(model.parameters()).dtype and not own_copy
-        self.model = model if self.shares_weights else copy.deepcopy(model).requires_grad_(False).eval()
+        self.model = model
+        if not self.shares_weights:
+            self.model = copy.deepcopy(model).requires_grad_(False).eval()
         for parameter in self.model.parameters():  # not .to(): it would round the rotary frequencies, a buffer, as well
             parameter.data = parameter.data.to(dtype)
         self.eos_ids = eos_ids(model, tokenizer)
@@ -966,10 +984,8 @@ class Engine:
         ):
             ids = ids[:length]
             text = self.tokenizer.decode(ids[:-1] if ids[-1] in self.eos_ids else ids, skip_special_tokens=True)
-            cuts = [text.find(s) for s in stop if s in text]
-            rows.append(
-                Completion(ids, text[: min(cuts)] if cuts else text, "stop" if stopped else "length", logps[:length])
-            )
+            cut = min([text.find(s) for s in stop if s in text], default=len(text))
+            rows.append(Completion(ids, text[:cut], "stop" if stopped else "length", logps[:length]))
         return rows
 
 
@@ -1088,7 +1104,7 @@ class VllmEngine:
         self.llm = LLM(
             source, dtype="bfloat16", distributed_executor_backend="external_launcher", tensor_parallel_size=1,
             gpu_memory_utilization=share, max_model_len=max_length, enable_sleep_mode=True, generation_config="vllm",
-            logprobs_mode="processed_logprobs", seed=dist.get_rank() if dist.is_initialized() else 0,
+            logprobs_mode="processed_logprobs", seed=init_distributed()[0],
         )
         self.sleep()
         torch.set_rng_state(rng)
@@ -1169,7 +1185,7 @@ class Endpoint:
         from openai import OpenAI
 
         self.base_url, self.model, self.concurrency, self.max_retries = base_url, model, concurrency, max_retries
-        self.cache = Path(cache) if cache else None
+        self.cache = cache
         self.top_logprobs, self.progress, self.skip_refused = top_logprobs, progress, skip_refused
         self.tokens = {"prompt_tokens": 0, "completion_tokens": 0}  # of all replies so far, cached ones included
         # Retries are ours: the client's own would not cover a reply that is not JSON or lacks its fields.
@@ -1199,8 +1215,7 @@ class Endpoint:
         from openai import OpenAIError
 
         full = json.dumps({"model": self.model, **request}, sort_keys=True, ensure_ascii=False)
-        key = hashlib.sha256(full.encode()).hexdigest()
-        stored = self.cache / key[:2] / f"{key}.json" if self.cache else None
+        stored = reply_file(self.cache, full)
         if stored and stored.exists():
             return json.loads(stored.read_text("utf-8"))
         for attempt in range(self.max_retries + 1):
@@ -1233,6 +1248,14 @@ class Endpoint:
             count = getattr(getattr(reply, "usage", None), name, 0)  # not all servers count
             usage[name] = count if isinstance(count, int) else 0
         return {"choices": [read_choice(choice) for choice in answered], "usage": usage}
+
+
+def reply_file(cache: str | Path | None, request: str) -> Path | None:
+    """Where the reply to a request is stored, by its hash; None without a cache."""
+    if not cache:
+        return None
+    key = hashlib.sha256(request.encode()).hexdigest()
+    return Path(cache) / key[:2] / f"{key}.json"
 
 
 def read_choice(choice) -> dict:
@@ -1268,7 +1291,7 @@ class LocalChat:
 
     def __init__(self, name: str, *, precision: str = "auto", cache: str | Path | None = None):
         self.name, self.precision, self.progress = name, precision, ""  # the label of a progress bar; none without
-        self.cache = Path(cache) if cache else None
+        self.cache = cache
         self.tokens = {"prompt_tokens": 0, "completion_tokens": 0}  # of all replies so far, stored ones included
         self.engine = None
 
@@ -1286,8 +1309,7 @@ class LocalChat:
                 for reply in replies]
 
     def _chunk(self, conversations, settings: dict) -> list[dict]:
-        key = hashlib.sha256(json.dumps([self.name, self.precision, settings, conversations]).encode()).hexdigest()
-        stored = self.cache / key[:2] / f"{key}.json" if self.cache else None
+        stored = reply_file(self.cache, json.dumps([self.name, self.precision, settings, conversations]))
         if stored and stored.exists():
             return json.loads(stored.read_text("utf-8"))
         if self.engine is None:
@@ -1316,8 +1338,8 @@ class LocalChat:
 
 def split_address(name: str) -> tuple[str, str]:
     """NAME[@URL] -> (name, URL or ""): with an address the model is served there, without one it is loaded here."""
-    served = re.fullmatch(r"(.+?)@(https?://\S+)", name)
-    return (served[1], served[2]) if served else (name, "")
+    model, url = re.fullmatch(r"(.*?)(?:@(https?://\S+))?", name, re.S).groups()
+    return model, url or ""
 
 
 def open_chat(name: str, *, precision: str = "auto", cache: str | Path | None = None, **settings):
@@ -1384,7 +1406,7 @@ class LocalJudge:
             for i, prompt in zip(positions, prompts, strict=True):
                 candidates[i] = [Sequence(prompt + reply, len(prompt)) for reply in self.replies]
         self.asked += len(items)
-        store_logprobs(self.model, micro_batches([row for pair in candidates for row in pair], self.budget))
+        store_logprobs(self.model, micro_batches(list(itertools.chain.from_iterable(candidates)), self.budget))
         return [bool(yes.old_logp.sum() > no.old_logp.sum()) for yes, no in candidates]
 
     def _ids(self, text: str) -> list[int]:
@@ -1477,7 +1499,7 @@ def training_plan(model, cfg, dtype) -> str:
     of a large matrix product and of a large copy, measured here (a decoding step of 64 rows waits for either).
     """
     settings, on_gpu = vars(cfg), torch.cuda.is_available()
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    _, world = init_distributed()
     shards = world if cfg.shard else 1
     count = sum(parameter.numel() for parameter in model.parameters())
     total = torch.cuda.get_device_properties(device()).total_memory if on_gpu else 0
@@ -1489,22 +1511,27 @@ def training_plan(model, cfg, dtype) -> str:
     element = 2 if dtype == torch.bfloat16 else 4
     sizes = {
         "weights, gradients, Adam (float32)": (12 + 4 * gradients) * count / shards,
-        "reference": 4 * count / shards if settings.get("kl_coef") else 0,
-        "rollout weights": 2 * count if settings.get("engine") == "hf" else 0,
         "activations": cfg.micro_tokens * model.config.num_hidden_layers * kept * element,
         "head": 3 * 4 * 1024 * model.config.vocab_size,
-        "vllm's share": cfg.engine_share * total if settings.get("engine") == "vllm" else 0,
     }
+    need = sum(sizes.values())
     if on_gpu and cfg.offload == "all":
-        sizes["weights, gradients, Adam (float32)"] = 0
-    if on_gpu and cfg.offload != "none":
-        sizes["reference"] = 0
-    # vllm sleeps while the trainer works: its share and what only an update takes are never there at once.
-    asleep = min(sizes["vllm's share"], sizes["activations"] + sizes["head"])
-    need = sum(sizes.values()) - asleep
+        need -= sizes.pop("weights, gradients, Adam (float32)")
+    if settings.get("kl_coef") and not (on_gpu and cfg.offload != "none"):
+        sizes["reference"] = 4 * count / shards
+        need += sizes["reference"]
+    if settings.get("engine") == "hf":
+        sizes["rollout weights"] = 2 * count
+        need += sizes["rollout weights"]
+    if settings.get("engine") == "vllm":
+        # It sleeps while the trainer works: its share and what only an update takes are never there at once.
+        sizes["vllm's share"] = cfg.engine_share * total
+        need += max(0, sizes["vllm's share"] - sizes["activations"] - sizes["head"])
     lines = [f"plan for each of {world} process(es), {count / 1e6:.0f} M parameters:"]
-    lines += [f"  {name:36} {size / 1e9:7.1f} GB" for name, size in sizes.items() if size]
-    lines.append(f"  {'in all':36} {need / 1e9:7.1f} GB" + (f" of {total / 1e9:.0f}" if on_gpu else ""))
+    lines += [f"  {name:36} {size / 1e9:7.1f} GB" for name, size in sizes.items()]
+    lines.append(f"  {'in all':36} {need / 1e9:7.1f} GB")
+    if on_gpu:
+        lines[-1] += f" of {total / 1e9:.0f}"
     if on_gpu and need > total:
         lines.append("  this does not fit: give --shard with more GPUs, --activation-checkpointing, --offload, or a "
                      "smaller --micro-tokens")
@@ -1713,7 +1740,10 @@ class Run:
 
     def log(self, metrics: dict, lines=()) -> None:
         """Append a line, times included, to history, metrics.jsonl and trackers; write samples/step-N.jsonl."""
-        row = {name: round(value, 6) if isinstance(value, float) else value for name, value in metrics.items()}
+        row = dict(metrics)
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                row[name] = round(value, 6)
         row |= {f"time/{name}": round(seconds, 3) for name, seconds in self.seconds.items()}
         self.seconds.clear()
         self.history.append(row)
