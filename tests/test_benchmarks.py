@@ -237,6 +237,12 @@ def test_ifeval_own(tmp_path, capsys):
     assert (result["prompt_strict"], result["prompt_loose"], result["headline"]) == (0, 0, 0)
 
 
+def test_ifeval_headline_is_strict_but_loose_in_the_papers_table(tmp_path, capsys):
+    rows = answers(_3="- Nile\n- Rhine\n- Po\n- Done")  # without its last line three bullets are left
+    for protocol, headline in (("official", 0), ("corrected", 0), ("raif", 100)):
+        assert score_own(tmp_path, capsys, "ifeval", rows, None, "--protocol", protocol)["headline"] == headline
+
+
 def test_cello_own(tmp_path, capsys):
     ids = [key * 8 for key in ("e1a2b3c4", "b1b2b3b4", "c1d2c3d4")]
     texts = ["{'时间': '三点', '地点': '图书馆'}", "周末爬山1 2 3 4 6", "茶" * 60]
@@ -269,6 +275,23 @@ def test_cfbench_primary_point_decides(tmp_path, capsys):
     assert (result["CSR_hard"], result["ISR_hard"], result["PSR_hard"]) == (0.75, 0, 0)
     assert (result["CSR"], result["CSR_easy"]) == (0.38, 0)  # no answer and no judgement: 0
     assert result["headline"] == pytest.approx(100 * 0.38 / 3)
+
+
+@pytest.mark.parametrize("priorities, scores, psr", [
+    (["次需"] * 5, [1, 1, 1, 1, 0], 0),  # CSR 0.8 is not above 0.8
+    (["次需"] * 6, [1, 1, 1, 1, 1, 0], 1),
+    (["主需"] + ["次需"] * 5, [1, 1, 1, 1, 0, 0], 0),  # 0.5 + 0.5 x 0.6 is not above 0.8
+    (["主需"] + ["次需"] * 3, [1, 1, 1, 0], 1),
+])
+def test_cfbench_psr_is_above_its_threshold_not_at_it(tmp_path, capsys, priorities, scores, psr):
+    (tmp_path / "cfbench").mkdir()
+    criteria = [[f"第{k}点", priority, "", ""] for k, priority in enumerate(priorities)]
+    record = {"idx": 0, "prompt": "写", "gold": "", "split": "easy", "criteria": criteria}
+    (tmp_path / "cfbench" / "cfbench_data.json").write_text(json.dumps([record]), "utf-8")
+    reply = "\n\n".join(f"第{k}点\t{score}" for k, score in enumerate(scores))
+    result = score_own(tmp_path, capsys, "cfbench", answers(_0="x"), [{"id": 0, "question": None, "reply": reply}],
+                       "--benchmark-dir", str(tmp_path))
+    assert (result["PSR"], result["n"]["unparsable"]) == (psr, 0)
 
 
 def test_complexbench_own(tmp_path, capsys):
@@ -321,6 +344,13 @@ def test_fbbench_own(tmp_path, capsys):
     assert corrected["error_correction"] == 30
 
 
+def test_fbbench_weights_may_not_exceed_one_together(tmp_path, capsys):
+    for weight, unparsable in ((0.5, 0), (0.6, 1)):
+        reply = json.dumps({"a": point(True, weight), "b": point(True, weight)})
+        result = score_own(tmp_path, capsys, "fb-bench", answers(_0="144"), [{"id": 0, "question": None, "reply": reply}])
+        assert result["n"]["unparsable"] == unparsable
+
+
 def test_followbench_own(tmp_path, capsys):
     rows = [{"id": f"en/content/1/{level}", "response": "…"} for level in range(1, 6)]
     rows += [{"id": f"en/content/2/{level}", "response": "name[The Blue Cup], eatType[cafe]" + "." * (level > 2)}
@@ -334,6 +364,9 @@ def test_followbench_own(tmp_path, capsys):
     assert result["en.content.CSL"] == 1.5 and result["en.example.HSR"] == [100, 100, 0, 0, 0]
     assert result["zh.mixed.HSR"] == [100] * 5 and result["zh.mixed.CSL"] == 5 and result["zh.style.HSR"] is None
     assert result["n"] == {"asked": 20, "answered": 17, "judged": 5, "unparsable": 2}
+    raif = score_own(tmp_path, capsys, "followbench", rows, judgements, "--protocol", "raif")
+    six = [100 * 1.5 / 3.68, 20, 25, 100 * 5 / 3.68, 100, 100]  # English and Chinese: CSL / 3.68, HSR, SSR
+    assert raif["headline"] == pytest.approx(sum(six) / 6)
     corrected = score_own(tmp_path, capsys, "followbench", rows, judgements, "--protocol", "corrected")
     assert corrected["en.content.HSR"] == [100, 50, 0, 50, 0]
 
@@ -397,7 +430,7 @@ class FakeEngine:
     in one form that FollowBench, InFoBench and ComplexBench can read and CFBench and FB-Bench cannot."""
 
     def __init__(self, name):
-        self.name, self.asked, self.fail_after = name, [], None
+        self.name, self.asked, self.fail_after, self.settings = name, [], None, []
 
     def wake(self):
         pass
@@ -406,6 +439,7 @@ class FakeEngine:
         assert model.name == self.name
 
     def generate(self, prompts, *, n, max_tokens, temperature, seeds, stop=(), progress=None):
+        self.settings += [(n, temperature, seed) for seed in seeds]
         if self.fail_after is not None and len(self.asked) >= self.fail_after:
             raise RuntimeError("killed")
         self.asked += [bytes(ids).decode() for ids in prompts]
@@ -511,6 +545,71 @@ def test_methods_sc_sr_od_and_thought_model(fakes):
         evaluate.main(["--benchmarks", "ifeval", *FLAGS, "--method", "od"])
 
 
+def test_self_consistency_draws_each_prompts_samples_from_its_own_seed(fakes):
+    evaluate.main(["--benchmarks", "infobench", *FLAGS, "--method", "sc", "--samples", "3", "--seed", "5"])
+    seeds = [evaluate.record_seed(5, 0, key) for key in ("own_task_1", "own_task_2")]
+    assert fakes["m"].settings == [(3, 1.0, seed) for seed in seeds] and seeds[0] != seeds[1]
+
+
+def test_self_refine_asks_at_most_so_many_times(fakes, monkeypatch):
+    monkeypatch.setattr(FakeEngine, "answer", lambda self, prompt, k: Completion([1], "YES 答案：是", "stop", None))
+    evaluate.main(["--benchmarks", "infobench", *FLAGS, "--method", "sr", "--refine-turns", "2"])
+    assert len(fakes["m"].asked) == 2 * (1 + 2)  # two prompts; a first answer and two improvements each
+    assert sum("DONE" in prompt for prompt in fakes["m"].asked) == 4
+
+
+def test_a_cut_thought_marks_the_answer_as_truncated(fakes):
+    class ShortThoughts(FakeEngine):
+        def answer(self, prompt, k):
+            return Completion([1], "plan", "length" if prompt.startswith("cot") else "stop", None)
+
+    fakes["m"] = ShortThoughts("m")
+    evaluate.main(["--benchmarks", "infobench", *FLAGS, "--method", "sdc"])
+    rows = [json.loads(line) for line in Path("runs/benchmarks/infobench/rows/SDC.jsonl").open()]
+    assert [row["truncated"] for row in rows] == [True, True]
+
+
+def test_a_reply_that_cannot_be_read_is_asked_again_warmer(fakes):
+    evaluate.main(["--benchmarks", "cfbench", *FLAGS, "--method", "io", "--judge-tries", "3"])
+    assert fakes["judge"].settings == [(1, 0.0, 0)] * 2 + [(1, 0.5, 1)] * 2 + [(1, 0.5, 2)] * 2
+
+
+def test_an_example_drawn_twice_counts_twice(fakes, tmp_path):
+    (tmp_path / "followbench" / "data").mkdir(parents=True)
+    records = [{"example_id": example, "level": level, "instruction": f"Say {example}, {level}.", "source": "own",
+                "category": "example", "target": "{answer}" if example == 0 else "no"}
+               for example in range(4) for level in range(1, 6)]
+    path = tmp_path / "followbench" / "data" / "example_constraints.json"
+    path.write_text(json.dumps(records), "utf-8")
+    evaluate.main(["--benchmarks", "followbench", "--benchmark-dir", str(tmp_path), "--model", "m", "--method", "io",
+                   "--resamples", "1000"])
+    report = json.loads(Path("runs/benchmarks/report.json").read_text("utf-8"))
+    cell = report["benchmarks"]["followbench"]["I/O"]
+    assert cell["en.example.CSL"] == 1.2 and cell["intervals"]["en.example.CSL"] == [0.0, 3.8]  # 15/4: thrice of four
+
+
+def test_refused_answers_are_not_judged_and_changed_ones_are_judged_again(fakes, monkeypatch):
+    class Served:
+        def __init__(self, url, name, **_):
+            pass
+
+        def chat(self, conversations, **_):
+            texts = ["", "Dear all"]
+            return [[Completion([], text, "stop" if text else "refused", None)] for text in texts]
+
+    monkeypatch.setattr(evaluate, "Endpoint", Served)
+    fakes["judge"] = FakeEngine("judge")
+    run = ["--benchmarks", "infobench", *FLAGS, "--model", "m@http://u", "--method", "io"]
+    evaluate.main(run)
+    assert len(fakes["judge"].asked) == 2 and all("Dear all" in prompt for prompt in fakes["judge"].asked)
+    path = Path("runs/benchmarks/infobench/rows/I-O.jsonl")
+    evaluate.main(run)
+    assert len(fakes["judge"].asked) == 2
+    path.write_text(path.read_text("utf-8").replace("Dear all", "Dear none"), "utf-8")
+    evaluate.main(run)
+    assert len(fakes["judge"].asked) == 4 and all("Dear none" in prompt for prompt in fakes["judge"].asked[2:])
+
+
 def test_served_model_and_served_judge(fakes, monkeypatch):
     talks, json_mode = [], []
 
@@ -596,5 +695,7 @@ def test_tables_of_the_paper(tmp_path, capsys):
     assert "| Ours | 50.00 [" in said["ablation"]
     assert "| Qwen2.5-7B-Instruct | Ours | 20.00 (29.82, -9.82) [10.0, 30.0] | 30.00 (30.76" in said["5"]
     (tmp_path / "Ours" / "report.json").write_text(json.dumps(report | {"protocol": "official"}))
-    with pytest.raises(InputError, match="--protocol raif"):
-        evaluate.main(["--table", "1", "--runs", str(tmp_path / "Ours")])
+    for name in ("1", "ablation"):
+        with pytest.raises(InputError, match="--protocol raif"):
+            evaluate.main(["--table", name, "--runs", str(tmp_path / "Ours")])
+    evaluate.main(["--table", "2", "--runs", str(tmp_path / "Ours")])  # whose columns do not depend on the protocol

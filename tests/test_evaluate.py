@@ -104,6 +104,12 @@ def test_paired_difference_is_narrower_than_the_rows():
     assert share[2] == pytest.approx(0.05) and low[2] > 0 and high[2] - low[2] < 0.5 * (high[0] - low[0])
 
 
+def test_bootstrap_follows_its_seed():
+    values = np.arange(50.0)[:, None]
+    first, same, other = (bootstrap(values, resamples=200, seed=seed)[1:] for seed in (3, 3, 4))
+    assert np.array_equal(first, same) and not np.array_equal(first, other)
+
+
 def test_spread_covers_the_file():
     assert spread(list(range(300)), 3) == [0, 100, 200] and spread([1, 2], 10) == [1, 2]
 
