@@ -146,6 +146,8 @@ def answer_text(text, family="cold"):
 def score_item(record, text, family="cold", judged=()):
     """{"kinds", "strict", "loose"} of one assistant turn: an entry per active constraint (math: one for the result).
 
+    As in rewards.score a blank answer meets no constraint, whatever a judge says of it.
+
     judged: the verdicts of a judge on the active judge constraints, in their order.
     """
     if record["task"] == "math":
@@ -157,7 +159,7 @@ def score_item(record, text, family="cold", judged=()):
     def verdicts(check):
         held, said = [], iter(judged)  # as in rewards.score: false if what it depends on is; inactive ones unchecked
         for c in constraints:
-            passed = not c["active"] or (next(said) if c["kind"] == "judge" else
+            passed = not c["active"] or (next(said) and answer.strip() != "" if c["kind"] == "judge" else
                                          check(c["id"], c["kwargs"], answer, prompt=prompt))
             held.append(passed and all(held[k] for k in c["depends_on"]))
         return [holds for holds, c in zip(held, constraints, strict=True) if c["active"]]
@@ -528,7 +530,9 @@ def count_score(text, row, previous):
         over = mode == "word-max" and n > limit
         parts.append(1 - (n - limit) / n if over else n / limit if mode == "word-min" and n < limit else 1)
     if found := first_criterion(criteria, ("sentence-max", "sentence-min", "sentence-min-max", "sentence-exact")):
-        n = len(re.findall("[^。！？；\n]+[。！？；\n]", text) if chinese else rewards.text_of(text).punkt_sentences)
+        # A Chinese sentence is a run of other characters and its end mark; only the last two characters are looked for,
+        # so that a text without any mark is scanned once.
+        n = len(re.findall("[^。！？；\n][。！？；\n]", text) if chinese else rewards.text_of(text).punkt_sentences)
         mode, limit = found
         if mode == "sentence-min":
             parts.append(min(1, n / limit))
@@ -1144,6 +1148,14 @@ def infobench_verdict(item, answer, replies, protocol):
     return {"met": met, "judged": judged, "unparsable": unparsable}
 
 
+def infobench_next(item, replies, protocol):
+    """The next question of the conversation; none after a reply that cannot be read, unless every question counts."""
+    unreadable = any(read_infobench(reply) is None for reply in replies.values())
+    if unreadable and protocol != "corrected":
+        return []
+    return [k for k in item["questions"] if k not in replies][:1]
+
+
 def infobench_metrics(rows, protocol):
     metrics = {}
     for name, subset in (("drfr", None), ("easy", "Easy_set"), ("hard", "Hard_set")):
@@ -1355,10 +1367,12 @@ def open_row(cfg, label, model, method, benchmark):
         changed += ["--no-resume"] * (not cfg.resume)
         if not changed:
             write_jsonl(items_file, items)  # without the last line that a killed run may have left half written
+            old["base_model"] = cfg.base_model  # says where the model comes from; the answers do not depend on it
+            write_atomic(settings_file, json.dumps(old, indent=1))
             return old, items
         print(f"row {label}: generated anew ({', '.join(changed)}); its earlier answers are in {items_file}.old")
         write_jsonl(f"{items_file}.old", items)
-    settings |= {"seconds": 0.0, "perplexity": None}
+    settings |= {"base_model": cfg.base_model, "seconds": 0.0, "perplexity": None}
     write_jsonl(items_file, [])
     write_atomic(settings_file, json.dumps(settings, indent=1))
     return settings, []
@@ -1373,12 +1387,11 @@ def generate_turns(engine, tokenizer, conversations, languages, mode, cfg, openi
     if isinstance(engine, Endpoint) and openings:
         raise InputError("--method closed, other, expert: a served model's turn cannot be opened; give a local --model")
     if isinstance(engine, Endpoint):  # a chat server opens no turn for us: the trigger alone asks for the thought
-        if mode != "io" and cfg.family == "cold":
-            triggers = [prompt_text(f"cot.{language}") for language in languages]
-            conversations = [[{"role": "system", "content": trigger}, *messages]
-                             for trigger, messages in zip(triggers, conversations, strict=True)]
+        if mode == "cot" and cfg.family == "cold":  # a direct answer is asked for by the request alone
+            conversations = [with_trigger(messages, language)
+                             for messages, language in zip(conversations, languages, strict=True)]
         sampling.pop("seeds", None)  # a server has one seed for all
-        return [[(c.text, c.finish_reason) for c in group]
+        return [[(served_turn(c), c.finish_reason) for c in group]
                 for group in engine.chat(conversations, seed=cfg.seed, **sampling)]
     prompts = [render_prompt(tokenizer, messages, mode, family=cfg.family, language=language)
                for messages, language in zip(conversations, languages, strict=True)]
@@ -1389,6 +1402,21 @@ def generate_turns(engine, tokenizer, conversations, languages, mode, cfg, openi
     completions = engine.generate(begun, seeds=seeds, **sampling)
     return [[(prompt.prefill + opening + c.text, c.finish_reason) for c in group]
             for prompt, opening, group in zip(prompts, openings, completions, strict=True)]
+
+
+def with_trigger(messages, language):
+    """The conversation with the request to think first, in its system message or in a new one."""
+    trigger = prompt_text(f"cot.{language}")
+    if messages[0]["role"] == "system":
+        return [messages[0] | {"content": f"{messages[0]['content']}\n{trigger}"}, *messages[1:]]
+    return [{"role": "system", "content": trigger}, *messages]
+
+
+def served_turn(completion):
+    """The whole assistant turn of a served model: the thought that its server sends apart is put back in front."""
+    if not completion.reasoning:
+        return completion.text
+    return f"<think>\n{completion.reasoning.strip()}\n</think>\n{completion.text}"
 
 
 def reworded(record, name, **parts):
@@ -1464,7 +1492,8 @@ def answer_chunk(engine, tokenizer, records, method, cfg, judge=None):
 
     answers = [answer_text(text, cfg.family) for text, _ in final]
     asked = [(record["messages"][-1]["content"], answer, question)
-             for record, answer in zip(records, answers, strict=True) for question in questions_of(record)]
+             for record, answer in zip(records, answers, strict=True) if answer.strip()
+             for question in questions_of(record)]
     said, items = iter(judge(asked) if asked else ()), []
     for k, (record, (text, ended), (thought, thought_ended)) in enumerate(zip(records, final, thoughts, strict=True)):
         parsed, answer = rewards.parse_response(text, cfg.family), answers[k]
@@ -1476,7 +1505,8 @@ def answer_chunk(engine, tokenizer, records, method, cfg, judge=None):
             "text": text,
             "thought": thought,
             "answer": answer,
-            **(score_item(record, text, cfg.family, [next(said) for _ in questions_of(record)])
+            **(score_item(record, text, cfg.family, [answer.strip() != "" and next(said)
+                                                     for _ in questions_of(record)])
                if "task" in record else {}),
             "format_ok": parsed.format_ok if method == "cot" else None,
             "truncated": "length" in (ended, thought_ended),
@@ -1605,50 +1635,90 @@ def prepare(names, folder, opener=urllib.request.urlopen):
 
 
 def judge_answers(cfg, name, label, pairs, chat):
-    """{id: {question: raw reply}} for (item, answer) pairs.
+    """{id: {question: raw reply}} for (item, answer) pairs; None is no answer, and not judged.
 
-    Replies are kept in judgements/LABEL - JUDGE.jsonl of the run, a file that --judgements reads; a killed run asks
-    only what is missing, and an answer that changed is judged anew.
+    Replies are kept in judgements/LABEL - JUDGE.jsonl of the run, a file that --judgements reads. A stored reply is
+    used again if nothing it depends on has changed: the conversation (prompt, checklist, answer, earlier replies), the
+    judge's address or weights, its token limit. One that cannot be read is asked again in every call; a served judge's
+    replies are cached by request, so that this costs something only with more --judge-tries.
     """
-    judge = split_address(cfg.judge)[0]
+    benchmark, judge = BENCHMARKS[name], split_address(cfg.judge)[0]
     path = Path(cfg.out) / "judgements" / row_files(cfg.out, f"{label} - {judge}")[0].name
-    benchmark, pairs = BENCHMARKS[name], [(item, answer) for item, answer in pairs if answer is not None]
-    stamp = {item["id"]: hashlib.sha256(answer.encode()).hexdigest()[:16] for item, answer in pairs}
-    kept = [row for row in read_jsonl(path) if row["answer_sha"] == stamp.get(row["id"], row["answer_sha"])]
-    write_jsonl(path, kept)
-    replies = {item["id"]: {} for item, _ in pairs}
-    kept = [row for row in kept if row["id"] in stamp]
-    for row in kept:
-        replies[row["id"]][row["question"]] = row["reply"]
+    settings = [cfg.judge, model_stamp(judge), cfg.judge_tokens]
+    stored = {(row["id"], row["question"]): row for row in read_jsonl(path)}
+    write_jsonl(path, stored.values())  # without the last line that a killed run may have left half written
+    judged = {item["id"]: (item, answer) for item, answer in pairs if answer is not None}
+    replies, used = {key: {} for key in judged}, {}
 
-    def missing(item):
-        asked = [k for k in item["questions"] if k not in replies[item["id"]]]
-        if name == "infobench":  # one conversation, question by question, up to a reply that cannot be read
-            spoilt = any(read_infobench(reply) is None for reply in replies[item["id"]].values())
-            asked = [] if spoilt else asked[:1]
-        return asked
+    def next_questions(item):
+        if name == "infobench":  # one conversation, question by question
+            return infobench_next(item, replies[item["id"]], cfg.protocol)
+        return [k for k in item["questions"] if k not in replies[item["id"]]]
 
-    total = sum(len(item["questions"]) for item, _ in pairs)
-    with tqdm(total=total, initial=len(kept), desc=f"{label}: judge", unit="reply") as bar:
-        while jobs := [(item, answer, k) for item, answer in pairs for k in missing(item)]:
+    def waiting():
+        """The questions that can be asked now, each with its conversation and the row kept of it so far."""
+        jobs = []
+        for key, (item, answer) in judged.items():
+            for k in next_questions(item):
+                conversation = benchmark.ask(item, answer, k, replies[key])
+                sha = hashlib.sha256(json.dumps([settings, conversation]).encode()).hexdigest()[:16]
+                kept = stored.get((key, k))
+                if kept and (kept.get("sha") != sha or not benchmark.readable(item, k, kept["reply"])):
+                    kept = None
+                jobs.append((item, k, conversation, sha, kept))
+        return jobs
+
+    total = sum(len(item["questions"]) for item, _ in judged.values())
+    with tqdm(total=total, desc=f"{label}: judge", unit="reply") as bar:
+        while jobs := waiting():
             for start in range(0, len(jobs), cfg.chunk):
-                chunk, texts = jobs[start : start + cfg.chunk], {}
-                for attempt in range(cfg.judge_tries):  # greedy first; what cannot be read is asked again, warmer
-                    todo = [j for j, (item, _, k) in enumerate(chunk)
-                            if j not in texts or not benchmark.readable(item, k, texts[j])]
-                    asked = [benchmark.ask(item, answer, k, replies[item["id"]])
-                             for item, answer, k in (chunk[j] for j in todo)]
-                    # FB-Bench's judge replies in JSON mode; a server without it gets a second chance.
-                    form = {"response_format": {"type": "json_object"}} if name == "fb-bench" and not attempt else {}
-                    got = chat(asked, n=1, max_tokens=cfg.judge_tokens, temperature=0.5 * (attempt > 0),
-                               seed=attempt, **form) if todo else []
-                    texts |= {j: completions[0].text for j, completions in zip(todo, got, strict=True)}
-                for j, (item, _, k) in enumerate(chunk):
-                    append_jsonl(path, {"id": item["id"], "question": k, "reply": texts[j],
-                                        "answer_sha": stamp[item["id"]]})
-                    replies[item["id"]][k] = texts[j]
+                chunk = jobs[start : start + cfg.chunk]
+                asked = [job for job in chunk if job[4] is None]
+                texts = iter(ask_until_readable(cfg, name, asked, chat))
+                for item, k, _, sha, kept in chunk:
+                    if kept is None:
+                        kept = {"id": item["id"], "question": k, "reply": next(texts), "sha": sha}
+                        append_jsonl(path, kept)
+                    used[item["id"], k] = kept
+                    replies[item["id"]][k] = kept["reply"]
                 bar.update(len(chunk))
+    # Rows of items that are not in this call stay; of those that are, nothing stale does.
+    write_jsonl(path, [row for row in stored.values() if row["id"] not in judged] + list(used.values()))
     return replies
+
+
+def ask_until_readable(cfg, name, jobs, chat):
+    """The judge's raw replies to (item, question, conversation, ...) jobs.
+
+    Greedy first; what cannot be read is asked again, warmer and with another seed, --judge-tries times in all.
+    """
+    texts = {}
+    for attempt in range(max(1, cfg.judge_tries)):
+        open_jobs = [j for j, (item, k, *_) in enumerate(jobs)
+                     if j not in texts or not BENCHMARKS[name].readable(item, k, texts[j])]
+        if not open_jobs:
+            break
+        settings = {"n": 1, "max_tokens": cfg.judge_tokens, "temperature": 0.5 if attempt else 0.0, "seed": attempt}
+        ask = chat_in_json if name == "fb-bench" else chat_plainly
+        replies = ask(chat, [jobs[j][2] for j in open_jobs], settings)
+        texts |= dict(zip(open_jobs, replies, strict=True))
+    return [texts[j] for j in range(len(jobs))]
+
+
+def chat_plainly(chat, conversations, settings):
+    return [completions[0].text for completions in chat(conversations, **settings)]
+
+
+def chat_in_json(chat, conversations, settings):
+    """FB-Bench's judge replies in JSON mode; what a server refuses in this mode is asked at once without it."""
+    first = chat(conversations, **settings, response_format={"type": "json_object"})
+    texts = [completions[0].text for completions in first]
+    refused = [j for j, completions in enumerate(first) if completions[0].finish_reason == "refused"]
+    if refused:
+        again = chat_plainly(chat, [conversations[j] for j in refused], settings)
+        for j, text in zip(refused, again, strict=True):
+            texts[j] = text
+    return texts
 
 
 def metric_intervals(name, judged, protocol, resamples, seed):
@@ -1743,7 +1813,7 @@ def benchmarks_markdown(report):
              for note in dict.fromkeys(note for cell in cells.values() for note in cell.get("notes", []))]
     if any(cell["settings"]["model_url"] for cells in report["benchmarks"].values() for cell in cells.values()):
         notes.append("- Answers of a chat server: the trigger alone asks for a thought, the turn is not opened; "
-                     "tokens are words.\n")
+                     "Direct is the request alone; tokens are words.\n")
     for cell in list(report["benchmarks"].get("ifbench", {}).values())[:1]:
         notes.append(f"- ifbench: {shown(cell['share_scored'], '.0%')} of the instructions are scored; kinds that are "
                      f"not: {', '.join(cell['not_scored'])}\n")
@@ -1794,11 +1864,17 @@ def limits_of(cell, metric):
     return found and [limit if metric == "headline" else percent_of(limit) for limit in found]
 
 
-def beside(own, published, limits=None, marked=False):
-    """Ours (paper's, difference) [our limits]; † marks a published figure that the paper itself contradicts."""
+def beside(own, published, limits=None, marked=False, n=None):
+    """Ours (paper's, difference) [our limits] n; † marks a published figure that the paper itself contradicts."""
     difference = "" if None in (own, published) else f", {own - published:+.2f}"
     printed = "" if published is None else f" ({published:.2f}{'†' if marked else ''}{difference})"
-    return shown(own, ".2f") + printed + (f" [{shown(limits[0])}, {shown(limits[1])}]" if limits else "")
+    interval = f" [{shown(limits[0])}, {shown(limits[1])}]" if limits else ""
+    return shown(own, ".2f") + printed + interval + (f" n={n}" if n else "")
+
+
+def asked_of(cell):
+    """The number of items behind a cell; None without one."""
+    return cell["n"]["asked"] if cell and "n" in cell else None
 
 
 def paper_table(cfg):
@@ -1806,7 +1882,7 @@ def paper_table(cfg):
     published = json.loads((data_dir / "results.json").read_text(encoding="utf-8"))
     columns, rows = (published[f"table {cfg.table}"][key] for key in ("columns", "rows"))
     titles = {benchmark.title: name for name, benchmark in BENCHMARKS.items()}
-    own, lines, notes = {}, [], []  # (model, label) -> benchmark -> cell of its report
+    own, lines, notes, origin = {}, [], [], {}  # (model, label) -> benchmark -> cell of its report
     for folder in (cfg.runs or cfg.out).split(","):
         path = Path(folder.strip()) / "report.json"
         if not path.exists():
@@ -1817,11 +1893,16 @@ def paper_table(cfg):
                              "--protocol raif: evaluate with it (answers and judgements on disk are used again)")
         for name, cells in report["benchmarks"].items() if isinstance(report["benchmarks"], dict) else []:
             for label, cell in cells.items():
+                # Rows written by earlier versions have no base model of their own: theirs is the last call's.
+                base_path = cell["settings"].get("base_model", report["settings"]["base_model"])
                 model, base = (published["models"].get(name, name) for name in (
-                    path.rstrip("/").split("/")[-1] for path in (cell["settings"]["model"],
-                                                                 report["settings"]["base_model"])))
-                # A trained model stands in the lines of the model it was trained from.
+                    path.rstrip("/").split("/")[-1] for path in (cell["settings"]["model"], base_path)))
+                # A trained model is listed under its base model.
                 model = model if model in published["table 1"]["rows"] else base
+                earlier = origin.setdefault((model, label, name), folder)
+                if earlier != folder:
+                    raise InputError(f"--runs: {earlier} and {folder} both hold {name} of row {label!r} of {model}; "
+                                     "give one of them another --label")
                 own.setdefault((model, label), {})[name] = cell
     if not own:
         raise InputError(f"--table {cfg.table}: no benchmark rows in {cfg.runs or cfg.out}; run --benchmarks first")
@@ -1833,14 +1914,17 @@ def paper_table(cfg):
             cell = cells.get("ifbench", {})
             values = [percent_of(cell.get(column)) for column in columns[:-1]] + [cell.get("headline")]
             limits = [limits_of(cell, column) for column in columns[:-1]] + [limits_of(cell, "headline")]
+            counts = [asked_of(cell)] * len(columns)
         else:
             chosen = [cells.get(titles.get(column)) for column in columns[:-1]]
             values = [cell and cell["headline"] for cell in chosen] + [average_cell(chosen)]
             limits = [cell and limits_of(cell, "headline") for cell in chosen] + [None]
-        for column, value, given, pair in zip(columns, values, printed or [None] * len(columns), limits, strict=True):
+            counts = [*map(asked_of, chosen), None]
+        for column, value, given, pair, n in zip(columns, values, printed or [None] * len(columns), limits, counts,
+                                                 strict=True):
             said = [note for *key, note in published["anomalies"] if key == [model, label, column] and cfg.table == "1"]
             notes.extend(f"† {model}, {label}, {column}: {note}.  " for note in said)
-            text.append(beside(value, given, pair, bool(said)))
+            text.append(beside(value, given, pair, bool(said), n))
         return text
 
     models = sorted({model for model, _ in own})
@@ -1851,8 +1935,8 @@ def paper_table(cfg):
         head = [models[0], *columns]
         for category, printed in rows.items():
             cells = [own.get((models[0], column), {}).get("complexbench", {}) for column in columns]
-            lines.append([category, *(beside(percent_of(cell.get(category)), given, limits_of(cell, category))
-                                      for cell, given in zip(cells, printed, strict=True))])
+            lines.append([category, *(beside(percent_of(cell.get(category)), given, limits_of(cell, category),
+                                             n=asked_of(cell)) for cell, given in zip(cells, printed, strict=True))])
     elif cfg.table == "ablation":  # a row is found by its label
         head = [models[0], *columns]
         lines = [[label, *line(models[0], label, rows.get(label))]

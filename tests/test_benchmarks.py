@@ -7,6 +7,7 @@ others use small cases written for this project and always run.
 import gzip
 import io
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -259,6 +260,19 @@ def test_cello_own(tmp_path, capsys):
     assert repeated["tasks"]["extraction"] == pytest.approx((1 / 3 + 0.33 + 0 + 0) / 4, abs=0.05)
 
 
+def test_cello_counts_chinese_sentences_in_linear_time(tmp_path, capsys):
+    (tmp_path / "cello").mkdir()
+    record = {"Instruction": "写", "Instruction_id": "a", "lang": "ch", "histories": [], "Answer_format": [],
+              "Task_prescribed_phrases": [], "Input_depdent_query": [],
+              "Count_limit": [{"criterion": "sentence-min", "limit": 4}]}
+    (tmp_path / "cello" / "closed_qa.json").write_text(json.dumps([record]), "utf-8")
+    began = time.perf_counter()
+    for text, score in (("一。。二！三\n尾", 0.75), ("茶" * 50_000, 0)):
+        result = score_own(tmp_path, capsys, "cello", answers(a=text), None, "--benchmark-dir", str(tmp_path))
+        assert result["tasks"]["closed_qa"] == score
+    assert time.perf_counter() - began < 5
+
+
 @pytest.mark.parametrize("protocol, csr, psr", [("official", 1.0, 1.0), ("corrected", 0.67, 0.0)])
 def test_cfbench_fallback_keeps_zeros_only_when_corrected(tmp_path, capsys, protocol, csr, psr):
     reply = "介绍了雨伞\t1\n只有两句话\t0\n语气正式\t1"  # single line breaks: the strict parse fails
@@ -347,7 +361,8 @@ def test_fbbench_own(tmp_path, capsys):
 def test_fbbench_weights_may_not_exceed_one_together(tmp_path, capsys):
     for weight, unparsable in ((0.5, 0), (0.6, 1)):
         reply = json.dumps({"a": point(True, weight), "b": point(True, weight)})
-        result = score_own(tmp_path, capsys, "fb-bench", answers(_0="144"), [{"id": 0, "question": None, "reply": reply}])
+        judgements = [{"id": 0, "question": None, "reply": reply}]
+        result = score_own(tmp_path, capsys, "fb-bench", answers(_0="144"), judgements)
         assert result["n"]["unparsable"] == unparsable
 
 
@@ -501,7 +516,8 @@ def test_all_seven_end_to_end_killed_and_resumed(fakes, capsys):
     assert list(report) == ALL.split(",")
     cells = {name: rows["CoT"] for name, rows in report.items()}
     assert cells["cfbench"]["n"] == {"asked": 2, "answered": 2, "judged": 2, "unparsable": 2}
-    assert len([prompt for prompt in fakes["judge"].asked if "检查员" in prompt]) == 2 * 3  # asked again, three times
+    # CFBench's two replies cannot be read: asked three times, and once more so after the kill.
+    assert len([prompt for prompt in fakes["judge"].asked if "检查员" in prompt]) == 2 * 3 * 2
     assert cells["infobench"]["drfr"] == 1 and cells["infobench"]["n"]["judged"] == 5
     assert cells["followbench"]["en.content.HSR"][0] == 50 and cells["followbench"]["zh.style.CSL"] == 5
     assert cells["complexbench"]["n"]["judged"] == 20 and cells["fb-bench"]["n"]["unparsable"] == 3
@@ -510,9 +526,11 @@ def test_all_seven_end_to_end_killed_and_resumed(fakes, capsys):
     assert len(spans) == 20  # killed half-way through these; none is asked twice
     second = next(prompt for prompt in fakes["judge"].asked if prompt.endswith("Does it have two lines?"))
     assert " / YES 答案：是 / Does it have two lines?" in second  # the judge's own reply is kept in the conversation
-    calls = [len(engine.asked) for engine in fakes.values()]
+    answered, judged = len(fakes["m"].asked), len(fakes["judge"].asked)
     evaluate.main(["--benchmarks", ALL, "--method", "cot", *FLAGS])
-    assert [len(engine.asked) for engine in fakes.values()] == calls
+    assert len(fakes["m"].asked) == answered
+    again = fakes["judge"].asked[judged:]  # only what could not be read: two replies of CFBench, three of FB-Bench
+    assert len(again) == 3 * (2 + 3) and all("检查" in prompt for prompt in again)
     text = Path("runs/benchmarks/report.md").read_text("utf-8")
     assert "| Complex Bench |" in text and "not the 734-item set" in text
     assert Path("runs/benchmarks/benchmarks.png").exists()
@@ -631,6 +649,127 @@ def test_served_model_and_served_judge(fakes, monkeypatch):
     assert (cell["drfr"], cell["thought_tokens"], cell["answer_tokens"]) == (1, 2, 3) and not fakes
     assert [messages[0]["role"] for name, messages in talks if name == "m"] == ["system"] * 2
     assert "the trigger alone" in Path("runs/benchmarks/report.md").read_text("utf-8")
+
+
+def cell_of(name, label="I/O"):
+    report = json.loads(Path("runs/benchmarks/report.json").read_text("utf-8"))
+    return report["benchmarks"][name][label]
+
+
+@pytest.fixture
+def talks(monkeypatch):
+    """What the judge and the served model m were asked: (name, messages, settings); `reply` says what they answer."""
+    class Talks(list):
+        def reply(self, name, messages, settings):
+            return Completion([], "YES" if name == "judge" else "Dear all", "stop", None)
+
+        def chat_of(self, name):
+            def chat(conversations, **settings):
+                self.extend((name, messages, settings) for messages in conversations)
+                return [[self.reply(name, messages, settings)] for messages in conversations]
+
+            return SimpleNamespace(chat=chat)
+
+    talks = Talks()
+    monkeypatch.setattr(evaluate, "open_chat", lambda name, **_: talks.chat_of(evaluate.split_address(name)[0]))
+
+    class Served:
+        def __init__(self, url, name, **_):
+            self.chat = talks.chat_of(name).chat
+
+    monkeypatch.setattr(evaluate, "Endpoint", Served)
+    return talks
+
+
+def test_judgements_depend_on_all_that_the_judge_was_asked(fakes, talks):
+    run = ["--benchmarks", "infobench", *FLAGS, "--method", "io"]
+    talks.reply = lambda name, messages, settings: Completion(
+        [], "YES" if settings["max_tokens"] > 100 else "Let me", "length", None)
+    evaluate.main([*run, "--judge-tokens", "8"])
+    assert cell_of("infobench")["drfr"] == 0 and cell_of("infobench")["n"]["unparsable"] == 2
+    evaluate.main([*run, "--judge-tokens", "1024"])
+    assert cell_of("infobench")["drfr"] == 1 and cell_of("infobench")["n"]["unparsable"] == 0
+    asked = len(talks)
+    evaluate.main([*run, "--judge-tokens", "1024"])
+    assert len(talks) == asked  # nothing has changed
+    evaluate.main([*run, "--judge", "judge@http://elsewhere/v1"])
+    assert len(talks) == asked + 5
+    rows = [json.loads(line) for line in Path("runs/benchmarks/infobench/judgements/I-O - judge.jsonl").open()]
+    assert len({(row["id"], row["question"]) for row in rows}) == len(rows) == 5  # one row each: --judgements reads it
+
+
+def test_unreadable_judgements_are_asked_again_in_the_next_call(fakes, talks):
+    run = ["--benchmarks", "infobench", *FLAGS, "--method", "io"]
+    talks.reply = lambda *_: Completion([], "Perhaps", "stop", None)
+    evaluate.main(run)
+    assert cell_of("infobench")["n"] == {"asked": 2, "answered": 2, "judged": 2, "unparsable": 2}
+    talks.reply = lambda *_: Completion([], "YES", "stop", None)
+    evaluate.main(run)
+    assert cell_of("infobench")["drfr"] == 1 and cell_of("infobench")["n"]["judged"] == 5
+
+
+def test_corrected_infobench_asks_on_after_an_unreadable_reply(fakes, talks):
+    talks.reply = lambda name, messages, settings: Completion(
+        [], "Maybe" if len(messages) == 1 else "YES", "stop", None)
+    evaluate.main(["--benchmarks", "infobench", *FLAGS, "--method", "io", "--protocol", "corrected"])
+    assert cell_of("infobench")["n"] == {"asked": 2, "answered": 2, "judged": 5, "unparsable": 2}
+    assert cell_of("infobench")["drfr"] == 3 / 5
+    evaluate.main(["--benchmarks", "infobench", *FLAGS, "--method", "io"])
+    assert cell_of("infobench")["n"]["judged"] == 2  # officially the first such reply ends an item
+
+
+def test_fbbench_without_json_mode_is_judged_at_temperature_0(fakes, talks):
+    refused = Completion([], "", "refused", None)
+    readable = Completion([], json.dumps({"a": point(True, 1)}), "stop", None)
+    talks.reply = lambda name, messages, settings: refused if "response_format" in settings else readable
+    evaluate.main(["--benchmarks", "fb-bench", *FLAGS, "--method", "io"])
+    calls = [(settings["temperature"], "response_format" in settings) for _, _, settings in talks]
+    assert calls == [(0.0, True)] * 3 + [(0.0, False)] * 3 and cell_of("fb-bench")["n"]["unparsable"] == 0
+
+
+SERVED = ["--model", "m@http://u", "--max-new-tokens", "99"]
+
+
+def test_a_served_thought_belongs_to_the_turn(fakes, talks):
+    talks.reply = lambda name, messages, settings: Completion(
+        [], "<answer>Dear all</answer>", "stop", None, reasoning="a short plan")
+    run = ["--benchmarks", "ifeval", *FLAGS, *SERVED]
+    evaluate.main([*run, "--method", "cot"])
+    cell = cell_of("ifeval", "CoT")
+    assert (cell["format_failures"], cell["thought_tokens"], cell["answer_tokens"]) == (0, 3, 2)
+    evaluate.main([*run, "--method", "sdc"])
+    assert "a short plan" in talks[-1][1][-1]["content"]
+    evaluate.main([*run, "--method", "direct"])
+    assert [message["role"] for message in talks[-1][1]] == ["user"]  # no trigger: it would ask for a thought
+
+
+def test_a_served_model_sees_one_system_message(fakes, talks, tmp_path):
+    record = {"id": "r", "source": "own", "task": "instruction", "language": "en", "composition": "and",
+              "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Write."}],
+              "constraints": [{"kind": "code", "id": "punctuation:no_comma", "kwargs": {}, "text": "…",
+                               "depends_on": [], "active": True}]}
+    (tmp_path / "records.jsonl").write_text(json.dumps(record) + "\n")
+    evaluate.main(["--benchmarks", "records.jsonl", *SERVED, "--method", "cot", "--perplexity-items", "0"])
+    system, user = talks[0][1]
+    assert system["role"] == "system" and system["content"].startswith("Be brief.\n") and "<think>" in system["content"]
+    assert user == record["messages"][1]
+
+
+def test_a_trained_row_is_listed_under_its_own_base_model(fakes, capsys):
+    def run(model, label, base, out):
+        evaluate.main(["--benchmarks", "ifeval", *FLAGS, "--method", "io", "--model", model, "--label", label,
+                       "--base-model", f"Qwen/{base}", "--protocol", "raif", "--out", out])
+
+    run("runs/grpo/model", "Ours", "Qwen2.5-1.5B-Instruct", "runs/a")
+    run("Qwen/Qwen2.5-7B-Instruct", "I/O", "Qwen2.5-7B-Instruct", "runs/a")
+    capsys.readouterr()
+    evaluate.main(["--table", "1", "--runs", "runs/a"])
+    lines = capsys.readouterr().out.splitlines()
+    ours = [line.split("|")[3].strip() for line in lines if "| Ours |" in line and "Qwen2.5-" in line]
+    assert [text.startswith("–") for text in ours] == [False, True] and ours[0].endswith("n=4")  # 1.5B, 7B
+    run("runs/seed1/model", "Ours", "Qwen2.5-1.5B-Instruct", "runs/b")
+    with pytest.raises(InputError, match="runs/a and runs/b both hold ifeval of row 'Ours'.*--label"):
+        evaluate.main(["--table", "1", "--runs", "runs/a,runs/b"])
 
 
 def test_a_judge_is_needed(fakes):

@@ -348,6 +348,25 @@ def test_judged_constraints_of_a_record_file_are_asked(fakes, tmp_path, monkeypa
     assert [question for _, _, question in asked] == ["Formal?", "Kind?"] and asked[0][1] == row["answer"]
 
 
+def test_blank_and_refused_answers_meet_no_judged_constraint(fakes, tmp_path, monkeypatch):
+    question = {"kind": "judge", "question": "Kind?", "text": "Be kind.", "depends_on": [], "active": True}
+    write(tmp_path / "judge.jsonl", [record(f"r{k}", [TEA]) | {"constraints": [question]} for k in range(3)])
+    turns = {0: "<think>plan</think><answer></answer>", 1: " ", 2: "hot tea"}
+    monkeypatch.setattr(FakeEngine, "answer", lambda self, prompt: Completion(
+        [1], turns[int(re.search(r"\(r(\d)\)", prompt)[1])], "stop", None))
+    asked = []
+
+    def judge(items):
+        asked.extend(items)
+        return [True] * len(items)
+
+    monkeypatch.setattr(evaluate, "make_judge", lambda *args, **more: judge)
+    main(["--benchmarks", "judge.jsonl", "--method", "io", "--judge", "some", "--perplexity-items", "0"])
+    report = json.loads((tmp_path / "runs/evaluate/report.json").read_text())
+    assert report["rows"]["I/O"]["all"]["all_strict"]["share"] == pytest.approx(1 / 3)
+    assert [answer for _, answer, _ in asked] == ["hot tea"]
+
+
 def test_summary_without_ood_has_an_empty_split():
     item = {"strict": [True, False], "loose": [True, True], "kinds": ["x", "y"], "format_ok": None, "truncated": False,
             "thought_tokens": 0, "answer_tokens": 3, "repetition": 0.0}
