@@ -18,10 +18,10 @@ from evaluate import (
     BENCHMARKS,
     cfbench_points,
     complexbench_rule,
+    make_item,
     read_infobench,
     read_levels,
     read_yes,
-    score_answers,
     span_list,
 )
 from model import Completion, Prompt
@@ -35,7 +35,12 @@ def rows_of(path):
 
 
 def items_of(name, folder):
-    return {item["id"]: item for item in BENCHMARKS[name].load(folder)}
+    return {item.id: item for item in BENCHMARKS[name].load(folder)}
+
+
+def score(name, triples):
+    """(metrics, verdicts) by the authors' own protocol."""
+    return evaluate.score_answers(BENCHMARKS[name], triples, "official")[:2]
 
 
 @pytest.fixture
@@ -53,9 +58,8 @@ def files(shared):
 
 def test_ifeval_gpt4_strict_and_loose(cases, files):
     items, rows = items_of("ifeval", files), rows_of(cases / "ifeval" / "verdicts_gpt4.jsonl.gz")
-    metrics, judged = score_answers("ifeval", [(items[str(row["key"])], row["response"], {}) for row in rows],
-                                    "official")
-    for row, (_, verdict) in zip(rows, judged, strict=True):
+    metrics, verdicts = score("ifeval", [(items[str(row["key"])], row["response"], {}) for row in rows])
+    for row, verdict in zip(rows, verdicts, strict=True):
         stable = [name not in row["unstable"] for name in row["instruction_id_list"]]
         for mode in ("strict", "loose"):
             pairs = zip(verdict[mode], row[mode], stable, strict=True)
@@ -68,9 +72,8 @@ def test_ifeval_gpt4_strict_and_loose(cases, files):
 @pytest.mark.parametrize("model", ["chatgpt", "moss", "qwenlm"])
 def test_cello_scores_and_averages(cases, files, model):
     items, rows = items_of("cello", files), rows_of(cases / "cello" / f"{model}.jsonl.gz")
-    metrics, judged = score_answers("cello", [(items[row["Instruction_id"]], row["model_answer"], {}) for row in rows],
-                                    "official")
-    for row, (_, verdict) in zip(rows, judged, strict=True):
+    metrics, verdicts = score("cello", [(items[row["Instruction_id"]], row["model_answer"], {}) for row in rows])
+    for row, verdict in zip(rows, verdicts, strict=True):
         given = row["scores"] if isinstance(row["scores"], list) else [
             row["scores"][name] for name in ("format_score", "input_score", "task_score", "count_limit_score")]
         assert verdict["scores"] == [pytest.approx(score, abs=1e-9) if score is not None else None for score in given]
@@ -83,11 +86,12 @@ def test_cello_scores_and_averages(cases, files, model):
 
 def test_cfbench_parser_cases(cases):
     for case in rows_of(cases / "cfbench" / "parser_cases.jsonl"):
-        expected, item = case["expected"], {"row": {"criteria": case["criteria"]}}
-        points = cfbench_points(case["judge_response"], [entry[0] for entry in case["criteria"]])
+        expected, plan = case["expected"], [criterion[0] for criterion in case["criteria"]]
+        item = make_item(0, "x", "zh", {"criteria": case["criteria"]}, plan=plan)
+        points = cfbench_points(case["judge_response"], plan)
         assert points == (expected["strict_parse"] and [float(score) for score in expected["strict_parse"]])
         if expected["final"]:
-            verdict = evaluate.cfbench_verdict(item, "x", {None: case["judge_response"]}, "official")
+            verdict = BENCHMARKS["cfbench"].verdict(item, "x", {None: case["judge_response"]}, "official")
             assert {key: verdict[key] for key in ("CSR", "ISR", "PSR")} == {
                 key: expected["final"][key] for key in ("CSR", "ISR", "PSR")}, case
             assert verdict["unparsable"] == (expected["final"]["judge_parsing"] != "1")
@@ -98,9 +102,9 @@ def test_cfbench_published_judgements(cases, files):
     recomputed = json.loads((cases / "cfbench" / "recomputed_scores.json").read_text("utf-8"))
     for path in sorted((cases / "cfbench").glob("*_eval.json")):
         rows = json.loads(path.read_text("utf-8"))
-        metrics, judged = score_answers("cfbench", [
-            (items[str(row["idx"])], row["response"], {None: row["judge_response"]}) for row in rows], "official")
-        for row, (_, verdict) in zip(rows, judged, strict=True):
+        metrics, verdicts = score("cfbench", [
+            (items[str(row["idx"])], row["response"], {None: row["judge_response"]}) for row in rows])
+        for row, verdict in zip(rows, verdicts, strict=True):
             assert {key: verdict[key] for key in row["judge_metric"]} == row["judge_metric"]
         expected = recomputed[path.name.removesuffix("_eval.json")]
         assert {key: metrics[key] for key in expected if key != "name"} == {
@@ -124,9 +128,9 @@ def test_complexbench_aggregation(cases):
     scored = []
     for row in rows:
         replies = {k: "答案：是" if met else "答案：否" for k, met in enumerate(row["point_judges"])}
-        scored.append(({"row": row, "group": row["group"], "questions": []}, "x", replies))
-    metrics, judged = score_answers("complexbench", scored, "official")
-    assert [verdict["met"] for _, verdict in judged] == [row["point_judges_rely"] for row in rows]
+        scored.append((make_item(len(scored), "x", "zh", row, group=row["group"]), "x", replies))
+    metrics, verdicts = score("complexbench", scored)
+    assert [verdict["met"] for verdict in verdicts] == [row["point_judges_rely"] for row in rows]
     assert metrics["drfr"] == pytest.approx(expected["overall_drfr"], abs=1e-12)
     assert {key: metrics[key] for key in expected["categorized_drfr"]} == pytest.approx(expected["categorized_drfr"])
     assert {key: metrics[key] for key in expected["categorized_avg_drfr"]} == pytest.approx(
@@ -145,8 +149,8 @@ def test_fbbench_nine_models(cases, files):
         rows = rows_of(cases / "fb-bench" / "judgments" / f"{model}.jsonl.gz")
         scored = [(items[str(row["dataset_index"])], "x", {None: json.dumps(row["judgement"], ensure_ascii=False)})
                   for row in rows]
-        metrics, judged = score_answers("fb-bench", scored, "official")
-        assert [verdict["score"] for _, verdict in judged] == pytest.approx([row["score"] for row in rows])
+        metrics, verdicts = score("fb-bench", scored)
+        assert [verdict["score"] for verdict in verdicts] == pytest.approx([row["score"] for row in rows])
         assert {key: metrics[key] for key in scores} == scores, model
 
 
@@ -154,8 +158,8 @@ def test_followbench_rule_cases(cases, files):
     items = items_of("followbench", files)
     for case in rows_of(cases / "followbench" / "rule_cases_en.jsonl.gz"):
         item = items[f"{case['lang']}/{case['constraint_type']}/{case['example_id']}/{case['level']}"]
-        assert not item["questions"]
-        verdict = evaluate.followbench_verdict(item, case["generation"], {}, "official")
+        assert not item.questions
+        verdict = BENCHMARKS["followbench"].verdict(item, case["generation"], {}, "official")
         assert bool(verdict["hard"]) == case["expected"], case
 
 
@@ -171,9 +175,9 @@ def test_followbench_judge_replies_and_tables(cases, files, language):
                 replies[f"{language}/{kind}/{row['example_id']}/{row['level']}"] = {None: row["judge_reply"]}
         for row in rows_of(cases / "followbench" / f"run_{language}_modelA_{kind}_generations.jsonl.gz"):
             key = f"{language}/{kind}/{row['example_id']}/{row['level']}"
-            assert bool(items[key]["questions"]) == (key in replies)
+            assert bool(items[key].questions) == (key in replies)
             rows.append((items[key], row["generation"], replies.get(key, {})))
-    metrics, _ = score_answers("followbench", rows, "official")
+    metrics, _ = score("followbench", rows)
     tables = json.loads((cases / "followbench" / f"run_{language}_expected_tables.json").read_text("utf-8"))
     for name, (_, (_, *cells)) in tables.items():
         kind, what = name.removesuffix(".csv").split("_", 1)
@@ -191,15 +195,15 @@ def test_infobench_order_of_turns(cases, files):
     items = list(items_of("infobench", files).values())
     shapes = [[turn["role"] for turn in case["turns"]]
               for case in rows_of(cases / "infobench" / "conversation_shape.jsonl")]
-    for item in (next(item for item in items if bool(item["row"]["input"]) == given) for given in (True, False)):
-        replies = dict.fromkeys(item["questions"], "YES")
-        for k in item["questions"]:
-            turns = evaluate.ask_infobench(item, "some text", k, replies)
+    for item in (next(item for item in items if bool(item.record["input"]) == given) for given in (True, False)):
+        replies = dict.fromkeys(item.questions, "YES")
+        for k in item.questions:
+            turns = BENCHMARKS["infobench"].conversation(item, "some text", k, replies)
             assert [turn["role"] for turn in turns] in shapes or k > 3
-            assert "some text" in turns[0]["content"] and item["plan"][0] in turns[0]["content"]
-            assert (item["row"]["input"] in turns[0]["content"]) and item["row"]["instruction"] not in str(turns)
+            assert "some text" in turns[0]["content"] and item.plan[0] in turns[0]["content"]
+            assert (item.record["input"] in turns[0]["content"]) and item.record["instruction"] not in str(turns)
             assert [turn["content"] for turn in turns[1:]] == [
-                text for question in item["plan"][1 : k + 1] for text in ("YES", question)]
+                text for question in item.plan[1 : k + 1] for text in ("YES", question)]
 
 
 # ------------------------------------------------------------------------------------------------ own cases
