@@ -170,6 +170,14 @@ class Sample:
         return Sample([self.items[n] for n in positions], [self.verdicts[n] for n in positions],
                       self.weights_RN[:, positions])
 
+    def where(self, flags):
+        """The sample of the items whose flag is true."""
+        return self.pick([n for n, flag in enumerate(flags) if flag])
+
+    def values(self, name):
+        """What the verdicts say under this name."""
+        return [verdict[name] for verdict in self.verdicts]
+
     def ratio(self, parts, wholes):
         """Sum of the parts over sum of the wholes: constraints met of constraints asked."""
         parts_N, wholes_N = np.array(parts, dtype=np.float64), np.array(wholes, dtype=np.float64)
@@ -177,7 +185,12 @@ class Sample:
 
     def mean(self, values):
         """Mean of the values that are not None."""
-        return self.ratio([0 if value is None else value for value in values], [value is not None for value in values])
+        values = list(values)
+        return self.ratio([value or 0 for value in values], [value is not None for value in values])
+
+    def share(self, lists):
+        """Share of what holds among all entries of the items' lists."""
+        return self.ratio([sum(entries) for entries in lists], [len(entries) for entries in lists])
 
     def numpy_mean(self, values):
         """Mean with numpy's order of addition, for authors who round what np.mean gives them."""
@@ -346,9 +359,9 @@ def checked(path, number, record, **kinds):
     """`record` if it is an object with these fields of these types, else InputError `file:number: field ...`."""
     for name, kind in kinds.items():
         if not isinstance(record, dict) or name not in record or not isinstance(record[name], kind):
-            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-            raise InputError(f"{path}:{number}: field {name!r}: missing or of another type; this benchmark's file has "
-                             f"{names} there (--prepare downloads the files)")
+            types = kind if isinstance(kind, tuple) else (kind,)
+            raise InputError(f"{path}:{number}: field {name!r}: missing or of another type; it has to be "
+                             f"{' or '.join(t.__name__ for t in types)} (--prepare downloads the benchmarks' files)")
     return record
 
 
@@ -419,17 +432,16 @@ class IFEval(Benchmark):
     def metrics(self, sample, protocol):
         metrics = {}
         for mode in ("strict", "loose"):
-            met = [verdict[mode] for verdict in sample.verdicts]
-            metrics[f"prompt_{mode}"] = sample.mean([all(verdicts) for verdicts in met])
-            metrics[f"instruction_{mode}"] = sample.ratio([sum(verdicts) for verdicts in met],
-                                                          [len(verdicts) for verdicts in met])
+            met = sample.values(mode)
+            metrics[f"prompt_{mode}"] = sample.mean(map(all, met))
+            metrics[f"instruction_{mode}"] = sample.share(met)
         headline = "prompt_loose" if protocol == "raif" else "prompt_strict"
         return metrics | {"headline": 100 * metrics[headline]}
 
     def details(self, sample, protocol):
         met = {}  # constraint type -> its strict verdicts
-        for item, verdict in zip(sample.items, sample.verdicts, strict=True):
-            for (name, _), holds in zip(constraints_of(item.record), verdict["strict"], strict=True):
+        for item, strict in zip(sample.items, sample.values("strict"), strict=True):
+            for name, holds in zip(item.record["instruction_id_list"], strict, strict=True):
                 met.setdefault(name, []).append(holds)
         return {"kinds": {name: mean(met[name]) for name in sorted(met)}}
 
@@ -443,25 +455,24 @@ class IFBench(IFEval):
         return None if len(record["kwargs"]) == len(record["instruction_id_list"]) else "one per instruction"
 
     def verdict(self, item, answer, replies, protocol):
-        if any(unscorable(name, kwargs) for name, kwargs in constraints_of(item.record)):
-            return {"left_out": True}
+        unknown = [name for name, kwargs in constraints_of(item.record) if unscorable(name, kwargs)]
+        if unknown:
+            return {"left_out": True, "unknown": unknown}
         return super().verdict(item, answer, replies, protocol)
 
     def metrics(self, sample, protocol):
         """IFEval's four, over the prompts of which every type can be scored; the headline is their mean."""
         metrics = super().metrics(scored(sample), protocol)
-        four = [metrics[name] for name in ("prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose")]
-        return metrics | {"headline": 100 * sample.mean_of(four)}
+        del metrics["headline"]
+        return metrics | {"headline": 100 * sample.mean_of(metrics.values())}
 
     def details(self, sample, protocol):
-        part, unknown, count = scored(sample), set(), 0
-        for item in sample.items:
-            for name, kwargs in constraints_of(item.record):
-                count += 1
-                if unscorable(name, kwargs):
-                    unknown.add(name)
-        share = sum(len(verdict["strict"]) for verdict in part.verdicts) / count if count else None
-        note = f"{shown(share, '.0%')} of the instructions are scored; types that are not: {', '.join(sorted(unknown))}"
+        part, unknown = scored(sample), set()
+        for verdict in sample.verdicts:
+            unknown |= set(verdict.get("unknown", []))
+        count = sum(len(item.record["kwargs"]) for item in sample.items)
+        share = sum(map(len, part.values("strict"))) / count
+        note = f"{share:.0%} of the instructions are scored; types that are not: {', '.join(sorted(unknown))}"
         return super().details(part, protocol) | {"not_scored": sorted(unknown), "share_scored": share,
                                                   "notes": [note]}
 
@@ -482,7 +493,7 @@ def unscorable(name, kwargs):
 
 def scored(sample):
     """The sample without the items that the authors leave out."""
-    return sample.pick([n for n, verdict in enumerate(sample.verdicts) if not verdict.get("left_out")])
+    return sample.where(not verdict.get("left_out") for verdict in sample.verdicts)
 
 
 # ---------------------------------------------------------------- CELLO
@@ -534,8 +545,7 @@ class Cello(Benchmark):
         tasks, criteria = {}, {}
         for task, positions in sorted(positions_by(item.part for item in sample.items).items()):
             part = sample.pick(positions)
-            columns = zip(*[verdict["scores"] for verdict in part.verdicts], strict=True)
-            criteria[task] = [part.mean(column) for column in columns]
+            criteria[task] = [part.mean(column) for column in zip(*part.values("scores"), strict=True)]
             tasks[task] = sample.mean_of(criteria[task])  # of the criterion means, not of the samples' own means
         structure = [tasks.pop(name) for name in ("Structure_None", "Structure_hard", "Structure_simple")
                      if name in tasks]
@@ -725,10 +735,9 @@ class CFBench(Benchmark):
     def metrics(self, sample, protocol):
         metrics = {}
         for split in ("", "easy", "hard"):
-            part = sample.pick([n for n, item in enumerate(sample.items) if split in ("", item.record["split"])])
+            part = sample.where(split in ("", item.record["split"]) for item in sample.items)
             for name in ("CSR", "ISR", "PSR"):
-                values = part.numpy_mean([verdict[name] for verdict in part.verdicts])
-                metrics[f"{name}_{split}".rstrip("_")] = np.round(values, 2)
+                metrics[f"{name}_{split}".rstrip("_")] = np.round(part.numpy_mean(part.values(name)), 2)
         names = ("CSR", "ISR", "PSR") if protocol == "raif" else ("PSR",)  # Table 1: the mean of the three
         return metrics | {"headline": 100 * sample.mean_of([metrics[name] for name in names])}
 
@@ -839,24 +848,21 @@ class ComplexBench(Benchmark):
         metrics = {}
         for key in sorted(positions):
             part = sample.pick(positions[key])
-            true = [sum(value is True for value in verdict["met"]) for verdict in part.verdicts]
-            metrics[key] = part.ratio(true, [len(verdict["met"]) for verdict in part.verdicts])
+            metrics[key] = part.share([[value is True for value in met] for met in part.values("met")])
         return metrics | {"headline": 100 * metrics["drfr"]}
 
     def details(self, sample, protocol):
         """The coherent test: groups whose first item has one Selection question, or several. `origin` is the share of
         their items that hold, `coherent` the share of groups all of whose items do."""
-        holds = [all(value is not False for value in verdict["met"]) for verdict in sample.verdicts]
-        groups = positions_by(item.group for item in sample.items).values()
+        groups = {"single": [], "multiple": []}  # the verdicts of each group
+        for positions in positions_by(item.group for item in sample.items).values():
+            depth = selection_depth(sample.items[positions[0]].record)
+            holds = [all(value is not False for value in sample.verdicts[n]["met"]) for n in positions]
+            if depth:
+                groups["single" if depth == 1 else "multiple"].append(holds)
         coherent = {}
-        for name, several in (("single", False), ("multiple", True)):
-            alone, together = [], []
-            for positions in groups:
-                depth = selection_depth(sample.items[positions[0]].record)
-                if depth > 0 and (depth > 1) == several:
-                    alone += [holds[n] for n in positions]
-                    together.append(all(holds[n] for n in positions))
-            origin, whole = mean(alone), mean(together)
+        for name, verdicts in groups.items():
+            origin, whole = mean(sum(verdicts, [])), mean(map(all, verdicts))
             coherent |= {f"{name}_origin": origin, f"{name}_coherent": whole,
                          f"{name}_relative_drop": (origin - whole) / origin if origin else None}
         return {"coherent": coherent}
@@ -1121,7 +1127,7 @@ class FBBench(Benchmark):
         for cell, positions in positions_by(
                 (item.record["bench_type"], item.record["task_type"]) for item in part.items).items():
             own = part.pick(positions)
-            cells[cell] = own.mean([verdict["score"] for verdict in own.verdicts])
+            cells[cell] = own.mean(own.values("score"))
 
         def average(*scenarios):
             values = rounded(sample.mean_of([cells[cell] for cell in cells if cell[0] in scenarios]), 4)
@@ -1211,7 +1217,7 @@ class FollowBench(Benchmark):
                 group = f"{language}/{part}/{example}"
                 item = make_item(f"{group}/{record['level']}", record["instruction"], language, record, group=group,
                                  part=part, steps=list(steps[example]))
-                item.questions = [] if scored_by_rule(item) else [None]
+                item.questions = [None] if followbench_rule(item, "") is None else []
                 items.append(item)
         return items
 
@@ -1271,7 +1277,7 @@ class FollowBench(Benchmark):
             rates = []
             for level in range(1, 6):
                 own = sample.pick(levels.get(level, []))
-                rates.append(rounded(own.mean([verdict[key] for verdict in own.verdicts]) * 100, 2))
+                rates.append(rounded(own.mean(own.values(key)) * 100, 2))
             metrics[f"{name}.{rate}"] = rates
         streaks = [None] * len(sample.items)  # of an example, at its first level
         for positions in positions_by(item.group for item in sample.items).values():
@@ -1316,34 +1322,20 @@ def read_levels(reply, level, language):
     return int(yes == level), yes / level
 
 
-EXACT_SOURCES = ("E2E", "text_editing")
-OTHER_SOURCES = ("WIKIEVENTS", "CONLL2003", "BBH_logical", "BBH_time", "gsm_8k", "self_made_space")
-
-
-def is_ruled_format(item):
-    """The two format examples (one in Chinese) that are scored by rule."""
-    examples = (22, 30) if item.language == "en" else (22,)
-    return item.record["category"] == "format" and item.record["example_id"] in examples
-
-
-def scored_by_rule(item):
-    source = item.record["source"]
-    return (item.part == "example" or source in EXACT_SOURCES or source in OTHER_SOURCES
-            or source in rule_table("followbench") or is_ruled_format(item))
-
-
 def followbench_rule(item, text):
-    """Does the text meet the record's constraints, by rule? A level asks for all conditions up to it."""
+    """Does the text meet the record's constraints, by rule? A level asks for all conditions up to it. None: a judge
+    decides."""
     source, target, level = item.record["source"], item.record.get("target", ""), item.record["level"]
     if item.part == "example":
         return matches_template(text, target)
     if source in rule_table("followbench"):
         conditions = rule_table("followbench")[source][item.language]
         return all(meets_condition(name, wanted, text, item.language) for name, wanted in conditions[:level])
-    if is_ruled_format(item):
-        conditions = thirtieth_format if item.record["example_id"] == 30 else twenty_second_format
-        return all(conditions(text, item.language, level)[:level])
-    if source in EXACT_SOURCES:
+    if item.record["category"] == "format" and item.record["example_id"] == 22:
+        return all(twenty_second_format(text, item.language, level)[:level])
+    if item.record["category"] == "format" and item.record["example_id"] == 30 and item.language == "en":
+        return all(thirtieth_format(text)[:level])
+    if source in ("E2E", "text_editing"):
         return text == target
     if source == "WIKIEVENTS":
         return set(text.split("\n")) <= set(target.split("\n"))
@@ -1353,8 +1345,9 @@ def followbench_rule(item, text):
         return target in text
     patterns = {"BBH_logical": r"\([A-Z]\)", "BBH_time": r"\d{2}/\d{2}/\d{4}",
                 "gsm_8k": r"\$\d+" if item.language == "en" else r"\d+美元"}
-    matches = re.findall(patterns[source], text)
-    return bool(matches) and matches[-1] == target
+    if source in patterns:
+        return re.findall(patterns[source], text)[-1:] == [target]
+    return None
 
 
 def matches_template(text, target):
@@ -1372,46 +1365,28 @@ def sentence_length(sentence, language):
     return len(sentence.split()) if language == "en" else len(sentence)
 
 
-def has_word(text, word, language):
-    return re.search(rf"\b{re.escape(word)}\b" if language == "en" else word, text) is not None
-
-
 def meets_condition(name, wanted, text, language):
     """One condition of data/benchmarks/followbench_rules.json: what a level adds for the five summarization sources."""
     sentences = sentences_of(text, language)
-    length = len(text.split(" ")) if language == "en" else len(text)  # between single spaces, unlike a sentence's
-    marks = string.punctuation if language == "en" else string.punctuation + "，。：’“”"
     if name == "sentences":
         return len(sentences) == wanted
-    if name == "every sentence shorter than":
-        return all(sentence_length(sentence, language) < wanted for sentence in sentences)
-    if name == "words of the sentences":
-        pairs = zip(sentences, wanted, strict=False)
-        return len(sentences) >= len(wanted) and all(has_word(sentence, word, language) for sentence, word in pairs)
-    if name == "second sentence without":
-        return len(sentences) < 2 or not has_word(sentences[1], wanted, language)
-    if name == "third sentence matches":
-        return len(sentences) > 2 and re.search(wanted, sentences[2]) is not None
-    if name == "shorter than":
-        return length < wanted
-    if name == "length":
-        return length == wanted
-    if name == "has":
-        return has_word(text, wanted, language)
-    if name == "without":
-        return not has_word(text, wanted, language)
-    if name == "without the letters":
-        return wanted not in text.lower()
+    if name == "longest sentence":
+        return all(sentence_length(sentence, language) <= wanted for sentence in sentences)
+    if name == "length":  # counted between single spaces, unlike a sentence's
+        length = len(text.split(" ")) if language == "en" else len(text)
+        return wanted[0] <= length <= wanted[1]
     if name == "matches":
         return re.search(wanted, text) is not None
-    if name == "starts with":
-        return text.startswith(wanted)
-    if name == "punctuation marks":
-        return sum(character in marks for character in text) == wanted
+    if name == "lacks":
+        return re.search(wanted, text) is None
+    if name == "sentences match":
+        return len(sentences) >= len(wanted) and all(map(re.search, wanted, sentences))
+    if name == "second sentence lacks":
+        return len(sentences) < 2 or re.search(wanted, sentences[1]) is None
     if name == "lower case":
         return text.islower()
-    if name == "without numerals":
-        return not any(character.isnumeric() for character in text)
+    if name == "no numerals":
+        return not any(map(str.isnumeric, text))
     raise ValueError(f"followbench_rules.json: condition {name!r} is unknown")
 
 
@@ -1425,7 +1400,7 @@ def twenty_second_format(text, language, level):
             all(numbered), text.endswith("这些是建议" if language == "zh" else "Those are suggestions")]
 
 
-def thirtieth_format(text, language, level):
+def thirtieth_format(text):
     """Conditions of format example 30, in the order of the levels that add them."""
     # Sentences end at a full stop or question mark before white space, but not within i.e. or after Mr.
     sentences = re.split(r"(?<!\w\.\w.)(?<![A-Z][a-z]\.)(?<=\.|\?)\s", text)
@@ -1494,9 +1469,8 @@ class InfoBench(Benchmark):
     def metrics(self, sample, protocol):
         metrics = {}
         for name, subset in (("drfr", None), ("easy", "Easy_set"), ("hard", "Hard_set")):
-            part = sample.pick([n for n, item in enumerate(sample.items) if subset in (None, item.record["subset"])])
-            met = [verdict["met"] for verdict in part.verdicts]
-            metrics[name] = part.ratio([sum(values) for values in met], [len(values) for values in met])
+            part = sample.where(subset in (None, item.record["subset"]) for item in sample.items)
+            metrics[name] = part.share(part.values("met"))
         return metrics | {"headline": 100 * metrics["drfr"]}
 
 
@@ -1544,7 +1518,7 @@ class RecordFile(Benchmark):
         return make_judge(cfg.judge, precision=cfg.precision, cache=Path(cfg.out) / "judge_cache")
 
     def ask(self, judge, jobs, cfg):
-        verdicts = judge([job.conversation for job in jobs])
+        verdicts = judge([job.conversation for job in jobs]) if jobs else []
         return ["yes" if verdict else "no" for verdict in verdicts]
 
     def answer_of(self, item, output):
@@ -1573,14 +1547,13 @@ class RecordFile(Benchmark):
         for split, positions in split_positions(sample.items).items():
             part = sample.pick(positions)
             for mode in ("strict", "loose"):
-                met = [verdict[mode] for verdict in part.verdicts]
-                metrics[split, f"all_{mode}"] = part.mean([all(verdicts) for verdicts in met])
-                metrics[split, f"each_{mode}"] = part.ratio([sum(verdicts) for verdicts in met],
-                                                            [len(verdicts) for verdicts in met])
+                met = part.values(mode)
+                metrics[split, f"all_{mode}"] = part.mean(map(all, met))
+                metrics[split, f"each_{mode}"] = part.share(met)
             if lifted:
                 chance = part.mean([item.record["chance"] for item in part.items])
                 metrics[split, "lift"] = metrics[split, "all_strict"] - chance
-        return metrics | {"headline": 100 * metrics["all", "all_strict"]}
+        return metrics
 
 
 def split_positions(items):
@@ -1638,8 +1611,9 @@ class Writer:
         self.engine, self.tokenizer, self.cfg = engine, tokenizer, cfg
         self.written = {}  # item id -> the texts of all calls: 10 samples, several turns
 
-    def turns(self, items, conversations, mode, openings=None, **sampling):
+    def turns(self, items, mode, conversations=None, openings=None, **sampling):
         """n turns (text, how it ended) for each item; openings: what each turn already holds after the prefill."""
+        conversations = conversations or [item.messages for item in items]
         sampling = {"n": 1, "max_tokens": self.cfg.max_new_tokens, "temperature": 0.0} | sampling
         languages = ["zh" if item.language == "zh" else "en" for item in items]
         if isinstance(self.engine, Endpoint):
@@ -1672,9 +1646,10 @@ class Writer:
         return [[(served_turn(completion), completion.finish_reason) for completion in group]
                 for group in completions]
 
-    def replies(self, items, conversations, mode, openings=None, **sampling):
-        """One turn for each item."""
-        return [Reply(*group[0]) for group in self.turns(items, conversations, mode, openings, **sampling)]
+    def replies(self, items, mode, conversations=None, openings=None, **sampling):
+        """One turn for each item; conversations: other ones than the items' own."""
+        groups = self.turns(items, mode, conversations, openings, **sampling)
+        return [Reply(*group[0]) for group in groups]
 
     def tokens(self, text):
         """Token ids of a text; without a tokenizer (a served model) its words."""
@@ -1701,10 +1676,6 @@ def served_turn(completion):
     return f"<think>\n{completion.reasoning.strip()}\n</think>\n{completion.text}"
 
 
-def conversations_of(items):
-    return [item.messages for item in items]
-
-
 def rewritten(item, name, **parts):
     """The item's conversation with its last request put into one of the data/prompts."""
     language = "zh" if item.language == "zh" else "en"
@@ -1713,21 +1684,20 @@ def rewritten(item, name, **parts):
 
 
 def answer_io(writer, items):
-    return writer.replies(items, conversations_of(items), "io")
+    return writer.replies(items, "io")
 
 
 def answer_cot(writer, items):
-    return writer.replies(items, conversations_of(items), "cot")
+    return writer.replies(items, "cot")
 
 
 def answer_direct(writer, items):
-    return writer.replies(items, conversations_of(items), "direct")
+    return writer.replies(items, "direct")
 
 
 def answer_closed(writer, items):
     """The thought is closed for the model, so that there is an answer to score, of the same length limit as ever."""
-    begun = writer.replies(items, conversations_of(items), "cot", max_tokens=writer.cfg.thought_tokens,
-                           stop=("</think>",))
+    begun = writer.replies(items, "cot", max_tokens=writer.cfg.thought_tokens, stop=("</think>",))
     return answer_after(writer, items, [rewards.parse_response(reply.text).think for reply in begun])
 
 
@@ -1740,7 +1710,7 @@ def answer_after(writer, items, thoughts):
     """Answers after thoughts that the turns are opened with."""
     tags = "</think>\n<answer>\n" if writer.cfg.family == "cold" else "</think>\n\n"
     openings = [f"{thought.strip()}\n{tags}" for thought in thoughts]
-    return writer.replies(items, conversations_of(items), "cot", openings)
+    return writer.replies(items, "cot", openings=openings)
 
 
 def answer_sdc(writer, items):
@@ -1748,11 +1718,11 @@ def answer_sdc(writer, items):
     already); call 2 sees request and thought in one user message."""
     thoughts = [item.thought for item in items]
     if not writer.cfg.thought_model:
-        first = writer.replies(items, conversations_of(items), "cot")
+        first = writer.replies(items, "cot")
         thoughts = [(rewards.parse_response(reply.text, writer.cfg.family).think, reply.ended) for reply in first]
     conversations = [rewritten(item, "sdc", thought=thought)
                      for item, (thought, _) in zip(items, thoughts, strict=True)]
-    replies = writer.replies(items, conversations, "io")
+    replies = writer.replies(items, "io", conversations)
     for reply, (thought, ended) in zip(replies, thoughts, strict=True):
         reply.thought, reply.thought_ended = thought, ended
     return replies
@@ -1761,9 +1731,8 @@ def answer_sdc(writer, items):
 def answer_sc(writer, items):
     """Self-consistency: of --samples answers the one that most others are like."""
     seeds = [record_seed(writer.cfg.seed, 0, item.id) for item in items]
-    groups = writer.turns(items, conversations_of(items), "io", n=writer.cfg.samples, temperature=1.0, seeds=seeds)
     replies = []
-    for group in groups:
+    for group in writer.turns(items, "io", n=writer.cfg.samples, temperature=1.0, seeds=seeds):
         samples = [Reply(*turn) for turn in group]
         replies.append(samples[most_agreed([writer.answer(sample) for sample in samples])])
     return replies
@@ -1792,7 +1761,7 @@ def answer_sr(writer, items):
         if not unfinished:
             break
         asked = [rewritten(items[n], "refine", answer=writer.answer(replies[n])) for n in unfinished]
-        better = writer.replies([items[n] for n in unfinished], asked, "io")
+        better = writer.replies([items[n] for n in unfinished], "io", asked)
         changed = []
         for n, reply in zip(unfinished, better, strict=True):
             if not writer.answer(reply).strip().startswith("DONE"):
@@ -1810,7 +1779,7 @@ def answer_od(writer, items):
             raise InputError(f"--method od: {item.id} comes without sub-questions; evaluate it with another method")
         plan = "\n".join(f"{k}. {text}" for k, text in enumerate(item.plan, 1))
         conversations.append(rewritten(item, "plan", plan=plan))
-    return writer.replies(items, conversations, "io")
+    return writer.replies(items, "io", conversations)
 
 
 ANSWER_BY = {"io": answer_io, "cot": answer_cot, "direct": answer_direct, "closed": answer_closed,
@@ -1873,10 +1842,10 @@ def model_stamp(name):
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]
 
 
-def row_files(run, label):
+def row_files(run, label, folder="rows"):
     """(outputs file, settings file) of a row; the label I/O becomes the file name I-O."""
     name = "".join(c if c.isalnum() or c in " .+_" else "-" for c in label)
-    return Path(run) / "rows" / f"{name}.jsonl", Path(run) / "rows" / f"{name}.json"
+    return Path(run) / folder / f"{name}.jsonl", Path(run) / folder / f"{name}.json"
 
 
 def write_settings(run, settings):
@@ -1997,16 +1966,16 @@ def model_thoughts(task, label, load):
 def read_rows(task):
     """Finished rows of a task's folder: {label: (settings, outputs in the order of the items)}."""
     rows, wanted = {}, {"benchmark": task.key, "max_new_tokens": task.cfg.max_new_tokens}
-    for settings_file in sorted((Path(task.cfg.out) / "rows").glob("*.json")):
+    for settings_file in (Path(task.cfg.out) / "rows").glob("*.json"):
         settings = json.loads(settings_file.read_text(encoding="utf-8"))
         outputs = {output["id"]: output for output in read_jsonl(settings_file.with_suffix(".jsonl"))}
         differs = [name for name in wanted if settings[name] != wanted[name]]
         missing = sum(item.id not in outputs for item in task.items)
+        problem = f"{missing} of {len(task.items)} prompts unanswered" if missing else None
         if differs:
-            print(f"row {settings['label']} is left out of the report: other {', '.join(differs)} than in this call")
-        elif missing:
-            print(f"row {settings['label']} is left out of the report: {missing} of {len(task.items)} prompts "
-                  "unanswered")
+            problem = f"other {', '.join(differs)} than in this call"
+        if problem:
+            print(f"row {settings['label']} is left out of the report: {problem}")
         else:
             rows[settings["label"]] = settings, [outputs[item.id] for item in task.items]
     known = [label for label in ROW_ORDER if label in rows]
@@ -2014,19 +1983,20 @@ def read_rows(task):
 
 
 @torch.no_grad()
-def answer_perplexity(model, tokenizer, conversations, languages, answers, token_budget=4096):
+def answer_perplexity(model, tokenizer, items, answers, token_budget=4096):
     """exp(mean negative log-likelihood per token) of the answers after the plain requests; None if all are blank."""
-    pairs = []
-    for messages, language, answer in zip(conversations, languages, answers, strict=True):
-        response = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        if response:
-            pairs.append((render_prompt(tokenizer, messages, "io", language=language).ids, response))
-    nll, count = 0.0, 0
-    for batch in token_batches([len(prompt) + len(response) for prompt, response in pairs], token_budget):
-        ids_BT, mask_BT = pad_right([pairs[i][0] + pairs[i][1] for i in batch])
-        start_B = torch.tensor([len(pairs[i][0]) for i in batch], device=ids_BT.device)
+    prompts, responses = [], []
+    for item, answer in zip(items, answers, strict=True):
+        if answer:
+            prompts.append(render_prompt(tokenizer, item.messages, "io", language=item.language).ids)
+            responses.append(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    nll = 0.0
+    for batch in token_batches([len(sequence) for sequence in sequences], token_budget):
+        ids_BT, mask_BT = pad_right([sequences[i] for i in batch])
+        start_B = torch.tensor([len(prompts[i]) for i in batch], device=ids_BT.device)
         nll -= token_logprobs(model, ids_BT, mask_BT, start_B).double().sum().item()
-        count += sum(len(pairs[i][1]) for i in batch)
+    count = sum(len(response) for response in responses)
     return math.exp(nll / count) if count else None
 
 
@@ -2036,11 +2006,10 @@ def add_perplexity(task, rows):
     chosen = spread(range(len(task.items)), cfg.perplexity_items)
     base = {"model": cfg.base_model, "answers": len(chosen)}
     for settings, outputs in rows.values():
-        if chosen and (settings["perplexity"] or {}).get("base") != base:
+        measured = settings["perplexity"] or {}
+        if chosen and measured.get("base") != base:
             loaded = loaded or load_model(cfg.base_model, dtype=compute_dtype(cfg.precision))
-            items = [task.items[n] for n in chosen]
-            value = answer_perplexity(*loaded, conversations_of(items), [item.language for item in items],
-                                      [outputs[n]["answer"] for n in chosen])
+            value = answer_perplexity(*loaded, [task.items[n] for n in chosen], [outputs[n]["answer"] for n in chosen])
             settings["perplexity"] = {"base": base, "value": value}
             write_settings(cfg.out, settings)
 
@@ -2056,6 +2025,10 @@ class Job(NamedTuple):
     conversation: list
     sha: str  # of all that the reply depends on
 
+    @property
+    def key(self):
+        return self.item.id, self.question
+
 
 def judge_row(task, settings, answers, judge):
     """{item id: {question: raw reply}} for the answers of a row; None is no answer, and not judged.
@@ -2065,53 +2038,53 @@ def judge_row(task, settings, answers, judge):
     judge's address or weights, its token limit. One that cannot be read is asked again in every call; a served judge's
     replies are cached by request, so that this costs something only with more --judge-tries.
     """
-    benchmark, cfg = task.benchmark, task.cfg
+    benchmark, cfg, label = task.benchmark, task.cfg, settings["label"]
     name = split_address(cfg.judge)[0]
-    path = Path(cfg.out) / "judgements" / row_files(cfg.out, f"{settings['label']} - {name}")[0].name
-    judged = {item.id: (item, answer) for item, answer in zip(task.items, answers, strict=True)
-              if answer is not None and item.questions}
-    stored = {(kept["id"], kept["question"]): kept for kept in read_jsonl(path)}
-    used, replies = {}, {key: {} for key in judged}
+    path = row_files(cfg.out, f"{label} - {name}", folder="judgements")[0]
     depends = [cfg.judge, model_stamp(name), cfg.judge_tokens]
-
-    def next_jobs():
-        """The questions that can be asked now."""
-        jobs = []
-        for item, answer in judged.values():
-            for question in benchmark.next_questions(item, replies[item.id], cfg.protocol):
-                conversation = benchmark.conversation(item, answer, question, replies[item.id])
-                sha = hashlib.sha256(json.dumps([depends, conversation]).encode()).hexdigest()[:16]
-                jobs.append(Job(item, question, conversation, sha))
-        return jobs
-
-    def is_answered(job):
-        kept = stored.get((job.item.id, job.question))
-        return kept and kept.get("sha") == job.sha and benchmark.readable(job.item, job.question, kept["reply"])
-
-    before = judge_counts(judge)
-    if judged:
-        write_jsonl(path, stored.values())  # without the last line that a killed run may have left half written
-    with tqdm(total=sum(len(item.questions) for item, _ in judged.values()), desc=f"{settings['label']}: judge",
-              unit="reply", disable=not judged) as bar:
-        jobs = next_jobs()
-        while jobs:
-            for start in range(0, len(jobs), cfg.chunk):
-                chunk = jobs[start : start + cfg.chunk]
-                asked = [job for job in chunk if not is_answered(job)]
-                for job, reply in zip(asked, benchmark.ask(judge, asked, cfg) if asked else [], strict=True):
-                    kept = {"id": job.item.id, "question": job.question, "reply": reply, "sha": job.sha}
-                    append_jsonl(path, kept)
-                    stored[job.item.id, job.question] = kept
-                for job in chunk:
-                    used[job.item.id, job.question] = stored[job.item.id, job.question]
-                    replies[job.item.id][job.question] = used[job.item.id, job.question]["reply"]
-                bar.update(len(chunk))
-            jobs = next_jobs()
-    if judged:  # rows of items that are not in this call stay; of those that are, nothing stale does
-        others = [kept for kept in stored.values() if kept["id"] not in judged]
-        write_jsonl(path, others + list(used.values()))
-    keep_judge_counts(cfg, settings, before, judge_counts(judge), len(used))
+    stored = {(line["id"], line["question"]): line for line in read_jsonl(path)}
+    asking = [(item, answer) for item, answer in zip(task.items, answers, strict=True)
+              if answer is not None and item.questions]
+    if not asking:
+        return {}
+    write_jsonl(path, stored.values())  # without the last line that a killed run may have left half written
+    replies, used = {item.id: {} for item, _ in asking}, {}
+    bar = tqdm(total=sum(len(item.questions) for item, _ in asking), desc=f"{label}: judge", unit="reply")
+    jobs = next_jobs(task, asking, replies, depends)
+    while jobs:
+        for start in range(0, len(jobs), cfg.chunk):
+            chunk = jobs[start : start + cfg.chunk]
+            open_jobs = [job for job in chunk if not is_answered(benchmark, job, stored.get(job.key))]
+            before = judge_counts(judge)
+            for job, reply in zip(open_jobs, benchmark.ask(judge, open_jobs, cfg), strict=True):
+                stored[job.key] = {"id": job.item.id, "question": job.question, "reply": reply, "sha": job.sha}
+                append_jsonl(path, stored[job.key])
+            keep_judge_counts(cfg, settings, before, judge_counts(judge))
+            for job in chunk:
+                used[job.key] = stored[job.key]
+                replies[job.item.id][job.question] = stored[job.key]["reply"]
+            bar.update(len(chunk))
+        jobs = next_jobs(task, asking, replies, depends)
+    bar.close()
+    # Lines of items that are not in this call stay; of those that are, nothing stale does.
+    write_jsonl(path, [line for line in stored.values() if line["id"] not in replies] + list(used.values()))
     return replies
+
+
+def next_jobs(task, asking, replies, depends):
+    """The questions that can be asked now, given the replies so far; asking: (item, answer) pairs."""
+    jobs = []
+    for item, answer in asking:
+        for question in task.benchmark.next_questions(item, replies[item.id], task.cfg.protocol):
+            conversation = task.benchmark.conversation(item, answer, question, replies[item.id])
+            sha = hashlib.sha256(json.dumps([depends, conversation]).encode()).hexdigest()[:16]
+            jobs.append(Job(item, question, conversation, sha))
+    return jobs
+
+
+def is_answered(benchmark, job, line):
+    """Does a stored line answer the question as it would be asked now?"""
+    return line and line.get("sha") == job.sha and benchmark.readable(job.item, job.question, line["reply"])
 
 
 JUDGE_COUNTERS = ("asked", "unreadable", "truncated")
@@ -2122,17 +2095,13 @@ def judge_counts(judge):
     return {name: getattr(judge, name, 0) for name in JUDGE_COUNTERS}
 
 
-def keep_judge_counts(cfg, settings, before, after, total):
-    """Store with the row what its judge has counted; replies of earlier calls keep their counts."""
+def keep_judge_counts(cfg, settings, before, after):
+    """Add to the row's settings what its judge has counted, over all calls."""
     new = {name: after[name] - before[name] for name in JUDGE_COUNTERS}
-    if new["asked"] == 0:
-        return
-    earlier = settings.get("judge") or {}
-    if earlier.get("name") != cfg.judge or new["asked"] == total:  # nothing of an earlier call is in use
-        earlier = {}
-    counts = {name: earlier.get(name, 0) + new[name] for name in JUDGE_COUNTERS}
-    settings["judge"] = {"name": cfg.judge} | counts
-    write_settings(cfg.out, settings)
+    if new["asked"]:
+        earlier = settings.get("judge") or {}
+        settings["judge"] = {name: earlier.get(name, 0) + new[name] for name in JUDGE_COUNTERS}
+        write_settings(cfg.out, settings)
 
 
 def ask_until_readable(benchmark, chat, jobs, cfg):
@@ -2173,26 +2142,21 @@ def judge_agreement(judge, path, limit=0):
     Positive is yes. An unreadable verdict counts as no, and in `unreadable`. kappa is Cohen's; a rate is None where
     its denominator is 0.
     """
-    lines = []
-    for number, line in rewards.json_lines(path):
-        for name, kind, form in (("instruction", str, "a text"), ("answer", str, "a text"),
-                                 ("question", str, "a yes/no question"), ("label", bool, "true or false")):
-            if not isinstance(line, dict) or not isinstance(line.get(name), kind):
-                raise InputError(f"{path}:{number}: field {name!r}: missing or of another type; give {form}")
-        lines.append(line)
+    lines = [checked(path, number, line, instruction=str, answer=str, question=str, label=bool)
+             for number, line in rewards.json_lines(path)]
     lines = spread(lines, limit or len(lines))
-    verdict_N = np.array(judge([(line["instruction"], line["answer"], line["question"]) for line in lines]))
+    verdicts = judge([(line["instruction"], line["answer"], line["question"]) for line in lines])
+    lines = [{**line, "verdict": bool(verdict)} for line, verdict in zip(lines, verdicts, strict=True)]
     label_N = np.array([line["label"] for line in lines])
-
-    def ratio(part, whole):
-        return float(part / whole) if whole else None
-
-    both, agreed = (verdict_N & label_N).sum(), (verdict_N == label_N).mean()
-    chance = verdict_N.mean() * label_N.mean() + (1 - verdict_N.mean()) * (1 - label_N.mean())
-    report = {"accuracy": float(agreed), "precision": ratio(both, verdict_N.sum()),
-              "recall": ratio(both, label_N.sum()), "kappa": ratio(agreed - chance, 1 - chance), "n": len(lines),
-              "labelled_yes": int(label_N.sum()), "judged_yes": int(verdict_N.sum()), "unreadable": judge.unreadable}
-    return report, [{**line, "verdict": bool(verdict)} for line, verdict in zip(lines, verdict_N, strict=True)]
+    verdict_N = np.array([line["verdict"] for line in lines])
+    said, meant, agreed = verdict_N.mean(), label_N.mean(), (verdict_N == label_N).mean()
+    chance = said * meant + (1 - said) * (1 - meant)
+    report = {"accuracy": agreed.item(), "precision": mean(label_N[verdict_N].tolist()),
+              "recall": mean(verdict_N[label_N].tolist()),
+              "kappa": None if chance == 1 else ((agreed - chance) / (1 - chance)).item(), "n": len(lines),
+              "labelled_yes": label_N.sum().item(), "judged_yes": verdict_N.sum().item(),
+              "unreadable": judge.unreadable}
+    return report, lines
 
 
 # ---------------------------------------------------------------- score
@@ -2237,57 +2201,53 @@ def score_rows(task, judge):
                    for item, answer in zip(task.items, answers, strict=True)]
         metrics, verdicts, resampled = score_answers(benchmark, triples, cfg.protocol, resamples=cfg.resamples,
                                                      seed=cfg.seed)
-        metrics["n"]["unparsable"] += (settings.get("judge") or {}).get("unreadable", 0)
         scored_rows[label] = Scored(settings, outputs, verdicts, metrics, resampled)
     return scored_rows
 
 
+def known_lines(benchmark, path, items, **kinds):
+    """(line number, Item, line) for each line of a file whose ids are those of the benchmark."""
+    known = {item.id: item for item in items}
+    for number, line in rewards.json_lines(path):
+        checked(path, number, line, id=(str, int), **kinds)
+        if str(line["id"]) not in known:
+            raise InputError(f"{path}:{number}: field 'id': {str(line['id'])!r} is not in {benchmark.name}; its ids "
+                             f"look like {items[0].id!r}")
+        yield number, known[str(line["id"])], line
+
+
 def read_responses(benchmark, path, items):
     """(item, response or None) for each line of a response file, in its order."""
-    known, responses, seen = {item.id: item for item in items}, [], {}
-    for number, line in rewards.json_lines(path):
-        checked(path, number, line, id=(str, int))
-        key = str(line["id"])
-        if key not in known:
-            raise InputError(f"{path}:{number}: field 'id': {key!r} is not in {benchmark.name}; its ids look like "
-                             f"{items[0].id!r}")
+    responses, seen = [], {}
+    for number, item, line in known_lines(benchmark, path, items):
         name = "answer" if "answer" in line and "response" not in line else "response"  # outputs of a run have answers
         if name not in line or not isinstance(line[name], str | None):
             raise InputError(f"{path}:{number}: field {name!r}: missing or not a text; give the answer, or null for "
                              "not answered")
-        if key in seen and benchmark.name != "cello":  # whose published files repeat one id; there lines count
-            raise InputError(f"{path}:{number}: field 'id': {key!r} is already in line {seen[key]}; keep one of them")
-        seen[key] = number
-        responses.append((known[key], line[name]))
+        if item.id in seen and benchmark.name != "cello":  # whose published files repeat one id; there lines count
+            raise InputError(f"{path}:{number}: field 'id': {item.id!r} is already in line {seen[item.id]}; keep one "
+                             "of them")
+        seen[item.id] = number
+        responses.append((item, line[name]))
     return responses
 
 
 def read_judgements(benchmark, path, items):
-    """{id: {question: raw reply}} of a judgement file."""
-    known, replies = {item.id: item for item in items}, {}
-    for number, line in rewards.json_lines(path):
-        checked(path, number, line, id=(str, int), reply=(str, type(None)))
-        key, question = str(line["id"]), line.get("question")
-        if key not in known:
-            raise InputError(f"{path}:{number}: field 'id': {key!r} is not in {benchmark.name}; remove the line")
-        asked = known[key].questions
-        if asked == [None] and question == 0:  # the only one may be called 0
+    """{item id: {question: raw reply}} of a judgement file."""
+    replies = {}
+    for number, item, line in known_lines(benchmark, path, items, reply=(str, type(None))):
+        question = line.get("question")
+        if item.questions == [None] and question == 0:  # the only one may be called 0
             question = None
-        if type(question) not in (int, type(None)) or question not in asked:
-            raise InputError(f"{path}:{number}: field 'question': {question!r} is not asked of {key!r}; give "
-                             f"{question_form(asked)}")
-        if question in replies.setdefault(key, {}):
-            raise InputError(f"{path}:{number}: field 'question': a second reply for {key!r}, {question!r}; keep one")
+        if type(question) not in (int, type(None)) or question not in item.questions:
+            raise InputError(f"{path}:{number}: field 'question': {question!r} is not asked of {item.id!r}; its "
+                             f"questions are {json.dumps(item.questions)}")
+        if question in replies.setdefault(item.id, {}):
+            raise InputError(f"{path}:{number}: field 'question': a second reply for {item.id!r}, {question!r}; keep "
+                             "one")
         if line["reply"] is not None:
-            replies[key][question] = line["reply"]
+            replies[item.id][question] = line["reply"]
     return replies
-
-
-def question_form(questions):
-    """What a judgement line has to say in its field `question`."""
-    if not questions:
-        return "no line: this item is scored by rule"
-    return "null" if questions == [None] else f"a number from 0 to {len(questions) - 1}"
 
 
 def score_files(cfg):
@@ -2316,26 +2276,59 @@ def score_files(cfg):
 
 
 # ---------------------------------------------------------------- report
+#
+# A figure is a dict: share (0..1) or value (percent), low, high, n. A table of figures is {column: {line: figure}}.
 
 
 def shown(value, form=".1f"):
     return "–" if value is None else format(value, form)
 
 
-def interval_text(value, low, high, sign=""):
-    """A figure with its interval; sign "+" for differences."""
-    return f"{shown(value, sign + '.1f')} [{shown(low, sign + '.1f')}, {shown(high, sign + '.1f')}]"
+def named_figure(name, n, a, metric, b=None):
+    """A metric of a Scored row, or a − b, paired: both rows have seen the same resamples."""
+    value, values_R = a.metrics[metric], a.resampled[metric]
+    if b is not None:
+        other = b.metrics[metric]
+        value = None if None in (value, other) else value - other
+        values_R = values_R - b.resampled[metric]
+    low, high = limits(values_R)
+    return {name: value, "low": low, "high": high, "n": n}
 
 
-def times_100(share):
-    return None if share is None else 100 * share
+def figure_of(cell, metric="headline"):
+    """A metric of a benchmark's cell in percent: shares are stored in 0..1, headlines in percent."""
+    if not cell or cell.get(metric) is None:
+        return None
+    scale = 1 if metric == "headline" else 100
+    figure = {"value": scale * cell[metric], "n": cell.get("n", {}).get("asked")}
+    for name, limit in zip(("low", "high"), cell.get("intervals", {}).get(metric, ()), strict=False):
+        figure[name] = scale * limit
+    return figure
 
 
-def percent(figure, sign=""):
-    """A share or a difference of shares with its interval, in percent (points); – without one."""
-    if not figure:
-        return "–"
-    return interval_text(*(times_100(figure[name]) for name in ("share", "low", "high")), sign)
+def in_percent(figure):
+    """[value, low, high]; None where there is none."""
+    name, scale = ("share", 100) if "share" in figure else ("value", 1)
+    numbers = [figure.get(key) for key in (name, "low", "high")]
+    return [None if number is None else scale * number for number in numbers]
+
+
+def figure_text(figure, sign=""):
+    """A figure with its interval, in percent (points); a text stays as it is. sign: "+" for differences."""
+    if figure is None or isinstance(figure, str):
+        return figure or "–"
+    value, low, high = in_percent(figure)
+    interval = "" if low is None else f" [{shown(low, sign + '.1f')}, {shown(high, sign + '.1f')}]"
+    return shown(value, sign + ".1f") + interval
+
+
+def figure_table(corner, columns, sign=""):
+    """A Markdown table of {column: {line: figure}}."""
+    labels = {}
+    for column in columns.values():
+        labels |= dict.fromkeys(column)
+    lines = [[label, *(figure_text(column.get(label), sign) for column in columns.values())] for label in labels]
+    return markdown_table([corner, *columns], lines)
 
 
 def row_pairs(labels):
@@ -2343,61 +2336,66 @@ def row_pairs(labels):
     return [(later, earlier) for earlier, later in combinations(labels, 2)][::-1]
 
 
-def difference(a, b, metric):
-    """(a − b, low, high) of a metric of two Scored rows, paired: both have seen the same resamples."""
-    if None in (a.metrics[metric], b.metrics[metric]):
-        return None, None, None
-    return a.metrics[metric] - b.metrics[metric], *limits(a.resampled[metric] - b.resampled[metric])
+def difference_section(columns, what):
+    """columns: {benchmark or split: {"A − B": figure}}."""
+    unclear = {}
+    for title, column in columns.items():
+        for pair, figure in column.items():
+            unclear.setdefault(pair, [])
+            if figure and figure["low"] is not None and figure["low"] <= 0 <= figure["high"]:
+                unclear[pair].append(title)
+    reading = {pair: f"the interval includes 0 ({', '.join(titles)}): no difference shown" if titles else "clear of 0"
+               for pair, titles in unclear.items()}
+    return [f"## Differences between rows\n\n{what}, in percentage points; paired by prompt.\n",
+            figure_table("rows", columns | {"reading": reading}, "+")]
 
 
 def costs_of(scored_row):
     """What a row cost and how its outputs look; means per item."""
     settings, outputs = scored_row.settings, scored_row.outputs
-    costs = {"settings": settings, "seconds": settings["seconds"]}
+    costs = {"settings": settings, "seconds": settings["seconds"], "n": scored_row.metrics["n"],
+             "perplexity": (settings["perplexity"] or {}).get("value"), "judge_counts": settings.get("judge")}
     for name in ("thought_tokens", "answer_tokens", "written_tokens", "repetition", "truncated"):
         costs[name] = mean([output[name] for output in outputs])
-    costs["format_failures"] = mean([not output["format_ok"] for output in outputs
-                                     if output["format_ok"] is not None])
-    costs["perplexity"] = (settings["perplexity"] or {}).get("value")
-    return costs | {"n": scored_row.metrics["n"], "judge": settings.get("judge")}
-
-
-COST_COLUMNS = ["row", "benchmark", "model", "method", "asked", "answered", "judge replies", "unparsable",
-                "format failures", "truncated", "thought tokens", "answer tokens", "written tokens", "perplexity",
-                "repetition", "seconds"]
-
-
-def cost_line(label, name, cell):
-    line = [label, name, cell["settings"]["model"], cell["settings"]["method"], *cell["n"].values()]
-    line += [shown(cell[key], ".1%") for key in ("format_failures", "truncated")]
-    line += [shown(cell[key]) for key in ("thought_tokens", "answer_tokens", "written_tokens")]
-    return [*line, shown(cell.get("perplexity")), shown(cell.get("repetition"), ".1%"), shown(cell["seconds"], ".0f")]
+    formats = [output["format_ok"] for output in outputs if output["format_ok"] is not None]
+    return costs | {"format_failures": mean([not format_ok for format_ok in formats])}
 
 
 def cost_section(lines):
-    return ["## Format, length and costs\n\nFormat failures: tags missing or out of order. Truncated: a turn hit the "
-            "token limit. Tokens: mean per item by the row's own tokenizer; written: of all calls. Repetition: share "
-            "of the answer's 4-grams that occurred before in it. Unparsable: judge replies that could not be read.\n",
-            markdown_table(COST_COLUMNS, lines)]
+    """lines: (label, benchmark, cell) triples."""
+    shares, numbers = ("format_failures", "truncated", "repetition"), (
+        "thought_tokens", "answer_tokens", "written_tokens", "perplexity", "seconds")
+    table = []
+    for label, name, cell in lines:
+        table.append([label, name, cell["settings"]["model"], cell["settings"]["method"], *cell["n"].values(),
+                      *(shown(cell.get(key), ".1%") for key in shares), *(shown(cell.get(key)) for key in numbers)])
+    titles = [key.replace("_", " ") for key in (*shares, *numbers)]
+    return ["## Format, length and costs\n\nUnparsable: judge replies that could not be read. Format failures: tags "
+            "missing or out of order. Truncated: a turn hit the token limit. Repetition: share of the answer's 4-grams "
+            "that occurred before in it. Tokens: mean per item by the row's own tokenizer; written: of all calls.\n",
+            markdown_table(["row", "benchmark", "model", "method", "asked", "answered", "judge replies", "unparsable",
+                            *titles], table)]
 
 
-def difference_section(differences, titles, unit):
-    """differences: {"A − B": {column: (value, low, high) or None}}, in percentage points."""
-    lines = []
-    for pair, figures in differences.items():
-        unclear = [name for name, figure in figures.items()
-                   if figure and figure[1] is not None and figure[1] <= 0 <= figure[2]]
-        reading = f"the interval includes 0 ({', '.join(unclear)}): no difference shown" if unclear else "clear of 0"
-        lines.append([pair, *(interval_text(*figure, "+") if figure else "–" for figure in figures.values()), reading])
-    return [f"## Differences between rows\n\n{unit}, in percentage points; paired by prompt.\n",
-            markdown_table(["rows", *titles, "reading"], lines)]
+def notes_of(lines):
+    """What a reader has to know of how rows came about; lines: (label, benchmark, cell) triples."""
+    notes = []
+    for label, name, cell in lines:
+        notes += [f"- {name}: {note}\n" for note in cell.get("notes", [])]
+        counts = cell.get("judge_counts")
+        if counts:
+            notes.append(f"- Judge of row {label}: {counts['asked']} questions, {counts['unreadable']} unreadable "
+                         f"replies (counted as no), {counts['truncated']} answers cut to fit.\n")
+        if cell["settings"]["model_url"]:
+            notes.append("- Answers of a chat server: the trigger alone asks for a thought, the turn is not opened; "
+                         "Direct is the request alone; tokens are words.\n")
+    return list(dict.fromkeys(notes))
 
 
-def served_note(cells):
-    if not any(cell["settings"]["model_url"] for cell in cells):
-        return []
-    return ["- Answers of a chat server: the trigger alone asks for a thought, the turn is not opened; Direct is the "
-            "request alone; tokens are words.\n"]
+def write_report(cfg, report, sections):
+    write_atomic(Path(cfg.out) / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
+    write_atomic(Path(cfg.out) / "report.md", "\n".join(sections))
+    print(f"report: {Path(cfg.out) / 'report.md'}")
 
 
 # ---------------------------------------------------------------- the report on a record file
@@ -2408,21 +2406,16 @@ def record_report(task, scored_rows):
     counts = {split: len(positions) for split, positions in split_positions(task.items).items()}
     report = {"n": counts["all"], "rows": {}, "differences": {}, "kinds": kinds_met(scored_rows), "difficulty": None,
               "chance": chance_of(task.items)}
-    for label, scored_row in scored_rows.items():
-        report["rows"][label] = costs_of(scored_row)
-        for split, n in counts.items():
-            figures = {}
-            for key, values in scored_row.resampled.items():
-                if key[0] == split:
-                    low, high = limits(values)
-                    figures[key[1]] = {"share": scored_row.metrics[key], "low": low, "high": high, "n": n}
-            report["rows"][label][split] = figures if n else None
+    for label, row in scored_rows.items():
+        cell = costs_of(row) | {split: {} if n else None for split, n in counts.items()}
+        for split, name in row.resampled:
+            if counts[split]:
+                cell[split][name] = named_figure("share", counts[split], row, (split, name))
+        report["rows"][label] = cell
     for a, b in row_pairs(scored_rows):
-        figures = {}
-        for split, n in counts.items():
-            share, low, high = difference(scored_rows[a], scored_rows[b], (split, "all_strict"))
-            figures[split] = {"share": share, "low": low, "high": high, "n": n} if n else None
-        report["differences"][f"{a} − {b}"] = figures
+        report["differences"][f"{a} − {b}"] = {
+            split: named_figure("share", n, scored_rows[a], (split, "all_strict"), scored_rows[b]) if n else None
+            for split, n in counts.items()}
     if "I/O" in scored_rows:
         easy = [kind for kind, shares in report["kinds"].items() if shares["I/O"] > 0.9]
         report["difficulty"] = {"io_share": scored_rows["I/O"].metrics["all", "all_strict"], "kinds_above_90": easy}
@@ -2432,14 +2425,14 @@ def record_report(task, scored_rows):
 def kinds_met(scored_rows):
     """{constraint type: {"n": how many there are, label: share met by the row, strict}}."""
     met = {}
-    for label, scored_row in scored_rows.items():
-        for verdict in scored_row.verdicts:
+    for label, row in scored_rows.items():
+        for verdict in row.verdicts:
             for kind, holds in zip(verdict["kinds"], verdict["strict"], strict=True):
                 met.setdefault(kind, {}).setdefault(label, []).append(holds)
     kinds = {}
     for kind in sorted(met):
-        shares = {label: mean(met[kind][label]) for label in scored_rows}
-        kinds[kind] = {"n": len(next(iter(met[kind].values())))} | shares
+        kinds[kind] = {"n": len(next(iter(met[kind].values())))}
+        kinds[kind] |= {label: mean(verdicts) for label, verdicts in met[kind].items()}
     return kinds
 
 
@@ -2451,56 +2444,62 @@ def chance_of(items):
             for split, positions in split_positions(items).items()}
 
 
-def record_markdown(task, scored_rows, report, plots):
-    """The sections of report.md: tables, plots, and ten fixed prompts with the answers of all rows."""
-    cfg, counts = task.cfg, split_positions(task.items)
-    titles = [f"{split} (n={len(counts[split])})" for split in SPLITS]
-    points = {}
-    for pair, figures in report["differences"].items():
-        points[pair] = {split: figure and [times_100(figure[name]) for name in ("share", "low", "high")]
-                        for split, figure in figures.items()}
-    judges = [f"- Judge of row {label}: {row['judge']['name']}, {row['judge']['asked']} questions, "
-              f"{row['judge']['unreadable']} unreadable replies (counted as no), {row['judge']['truncated']} answers "
-              "cut to fit.\n" for label, row in report["rows"].items() if row["judge"]]
-    kinds = [[kind, row["n"], *(shown(times_100(row[label])) for label in scored_rows)]
-             for kind, row in report["kinds"].items()]
-    return [
+def record_columns(cells, name, counts):
+    """{split: {line: figure}} of a metric; cells: line -> split -> metric -> figure."""
+    return {f"{split} (n={counts[split]})": {line: cell[split] and cell[split].get(name)
+                                             for line, cell in cells.items()} for split in SPLITS}
+
+
+def write_record_report(task, scored_rows):
+    """report.json, report.md with tables, plots and ten fixed prompts, and what to print of a record file."""
+    cfg, folder, items = task.cfg, Path(task.cfg.out), task.items
+    report = {"benchmarks": str(task.benchmark.path), "settings": asdict(cfg), **record_report(task, scored_rows)}
+    counts = {split: len(positions) for split, positions in split_positions(items).items()}
+    rows, lines = report["rows"], [(label, "records", row) for label, row in report["rows"].items()]
+    main = record_columns(rows, "all_strict", counts)
+    singles = {}
+    for title, name in (("all met, loose", "all_loose"), ("per constraint", "each_strict"),
+                        ("per constraint, loose", "each_loose")):
+        singles[title] = {label: row["all"][name] for label, row in rows.items()}
+    differences = {pair: {split: {"all_strict": figure} for split, figure in figures.items()}
+                   for pair, figures in report["differences"].items()}
+    kinds = [[kind, row.pop("n"), *(shown(100 * share) for share in row.values())]
+             for kind, row in kinds_met(scored_rows).items()]
+    plot_figures(folder / "rows.png", main, "all constraints met, strict (%)")
+    write_report(cfg, report, [
         "# Evaluation\n",
-        f"{report['n']} prompts of `{task.benchmark.path}`; `ood`: those marked as out of distribution. "
+        f"{counts['all']} prompts of `{task.benchmark.path}`; `ood`: those marked as out of distribution. "
         f"Greedy decoding, at most {cfg.max_new_tokens} new tokens a turn in every row. In brackets: 95 % percentile-"
         f"bootstrap intervals over prompts ({cfg.resamples} resamples); differences are paired by prompt.\n",
-        *constraint_section(report, titles),
-        *difference_section(points, titles, "All constraints met, strict"),
-        *cost_section([cost_line(label, "records", row) for label, row in report["rows"].items()]),
-        f"Perplexity: of the answer after the plain request under {cfg.base_model}, on "
-        f"{min(cfg.perplexity_items, report['n'])} prompts, the same in every row.\n",
-        *served_note(report["rows"].values()), *judges,
-        "## Per kind of constraint\n\nConstraints met, strict, in percent.\n",
-        markdown_table(["kind", "n", *scored_rows], kinds),
-        *difficulty_section(report), *[f"![{name}]({name})\n" for name in plots],
-        "## Ten prompts, all rows\n", *prompt_tables(task, scored_rows)]
-
-
-def constraint_section(report, titles):
-    """Constraints met, and the lift over chance where every record has one."""
-    lines, lifts = [], []
-    for label, row in report["rows"].items():
-        whole = row["all"]
-        lines.append([label, *(percent(row[split] and row[split]["all_strict"]) for split in SPLITS),
-                      *(percent(whole[name]) for name in ("all_loose", "each_strict", "each_loose"))])
-        lifts.append([label, *(percent(row[split] and row[split].get("lift"), "+") for split in SPLITS)])
-    section = [
         "## Constraints met\n\nShare of prompts with all constraints met (strict, unless it says loose), and share of "
         "single constraints met, over all prompts; in percent.\n",
-        markdown_table(["row", *titles, "all met, loose", "per constraint", "per constraint, loose"], lines)]
-    if report["chance"]["all"] is not None:
-        chance = ["chance, percent", *(shown(times_100(share)) for share in report["chance"].values())]
-        section += [
-            "## Lift over chance\n\nAll constraints met, strict, minus chance: the share of 20 answers of the base "
+        figure_table("row", main | singles),
+        *lift_section(rows, report["chance"], counts),
+        *difference_section(record_columns(differences, "all_strict", counts), "All constraints met, strict"),
+        *cost_section(lines),
+        f"Perplexity: of the answer after the plain request under {cfg.base_model}, on "
+        f"{min(cfg.perplexity_items, len(items))} prompts, the same in every row.\n",
+        *notes_of(lines),
+        "## Per kind of constraint\n\nConstraints met, strict, in percent.\n",
+        markdown_table(["kind", "n", *scored_rows], kinds),
+        *difficulty_section(report), "![rows.png](rows.png)\n", *plot_training(cfg),
+        "## Ten prompts, all rows\n", *prompt_tables(items, scored_rows)])
+    for label, row in rows.items():
+        lift = f", lift {figure_text(row['all']['lift'], '+')}" if "lift" in row["all"] else ""
+        print(f"{label:8} all constraints met {figure_text(row['all']['all_strict'])} %{lift}  "
+              f"({row['seconds']:.0f} s)")
+
+
+def lift_section(rows, chance, counts):
+    """The lift over chance, where every record has one."""
+    if chance["all"] is None:
+        return []
+    columns = record_columns(rows, "lift", counts)
+    for column, share in zip(columns.values(), chance.values(), strict=True):
+        column["chance, percent"] = None if share is None else shown(100 * share)
+    return ["## Lift over chance\n\nAll constraints met, strict, minus chance: the share of 20 answers of the base "
             "model, half to the same request without its constraints and half to other requests, that meet them "
-            "(field `chance` of the records); in percentage points.\n",
-            markdown_table(["row", *titles], [*lifts, chance])]
-    return section
+            "(field `chance` of the records); in percentage points.\n", figure_table("row", columns, "+")]
 
 
 def difficulty_section(report):
@@ -2511,60 +2510,33 @@ def difficulty_section(report):
             f"kinds it meets above 90 %: {easy}.\n"]
 
 
-def prompt_tables(task, scored_rows):
+def prompt_tables(items, scored_rows):
     """Ten fixed prompts, each with the thoughts and answers of all rows."""
-    text = []
-    for n in spread(range(len(task.items)), 10):
-        item, met = task.items[n], []
-        outputs = [scored_row.outputs[n] for scored_row in scored_rows.values()]
-        for scored_row in scored_rows.values():
-            strict = scored_row.verdicts[n]["strict"]
-            met.append(f"{sum(strict)}/{len(strict)}")
-        text.append("> " + item.messages[-1]["content"].replace("\n", "\n> ") + "\n")
-        text.append(markdown_table([item.id, *scored_rows], [
-            ["thought", *(output["thought"] for output in outputs)],
-            ["answer", *(output["answer"] for output in outputs)],
-            ["met", *met]]))
-    return text
-
-
-def write_record_report(task, scored_rows):
-    """report.json, report.md and the PNG plots of a record file; returns the lines to print."""
-    cfg = task.cfg
-    report = {"benchmarks": str(task.benchmark.path), "settings": asdict(cfg), **record_report(task, scored_rows)}
-    folder, plots, curves = Path(cfg.out), ["rows.png"], training_curves(cfg)
-    series = {}
-    for split in SPLITS:
-        cells = [row[split] and row[split]["all_strict"] for row in report["rows"].values()]
-        if all(cells):
-            series[split] = [[times_100(cell[name]) for name in ("share", "low", "high")] for cell in cells]
-    plot_figures(folder / "rows.png", list(report["rows"]), series, "all constraints met, strict (%)")
-    if curves:
-        plot_training(curves, folder / "training.png")
-        plots.append("training.png")
-    write_atomic(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
-    write_atomic(folder / "report.md", "\n".join(record_markdown(task, scored_rows, report, plots)))
-    lines = []
-    for label, row in report["rows"].items():
-        lift = row["all"].get("lift")
-        lift = f", lift {percent(lift, '+')}" if lift else ""
-        lines.append(f"{label:8} all constraints met {percent(row['all']['all_strict'])} %{lift}  "
-                     f"({row['seconds']:.0f} s)")
-    return [*lines, f"report: {folder / 'report.md'}"]
+    sections = []
+    for n in spread(range(len(items)), 10):
+        lines = [["thought"], ["answer"], ["met"]]
+        for row in scored_rows.values():
+            strict = row.verdicts[n]["strict"]
+            cells = row.outputs[n]["thought"], row.outputs[n]["answer"], f"{sum(strict)}/{len(strict)}"
+            for line, cell in zip(lines, cells, strict=True):
+                line.append(cell)
+        request = items[n].messages[-1]["content"].replace("\n", "\n> ")
+        sections += [f"> {request}\n", markdown_table([items[n].id, *scored_rows], lines)]
+    return sections
 
 
 # ---------------------------------------------------------------- the report on public benchmarks
 
 
-def benchmark_cell(task, scored_row):
+def benchmark_cell(task, row):
     """The metrics of a row on one benchmark with their intervals, and what the row cost."""
     intervals = {}
-    for name, values in scored_row.resampled.items():
+    for name, values in row.resampled.items():
         low, high = limits(values)
         if low is not None:
             intervals[name] = [low, high]
     low, high = intervals.get("headline", (None, None))
-    return {**costs_of(scored_row), "low": low, "high": high, "intervals": intervals, **scored_row.metrics,
+    return {**costs_of(row), "low": low, "high": high, "intervals": intervals, **row.metrics,
             "judge": split_address(task.cfg.judge)[0]}
 
 
@@ -2579,23 +2551,12 @@ def benchmark_report(cfg, scored_tasks):
         earlier = json.loads(path.read_text(encoding="utf-8"))
         if earlier.get("protocol") == cfg.protocol:
             report["benchmarks"], report["differences"] = earlier["benchmarks"], earlier.get("differences", {})
-    for task, scored_rows in scored_tasks:
-        name = task.benchmark.name
-        report["benchmarks"][name] = {label: benchmark_cell(task, row) for label, row in scored_rows.items()}
-        report["differences"][name] = {}
-        for a, b in row_pairs(scored_rows):
-            value, low, high = difference(scored_rows[a], scored_rows[b], "headline")
-            report["differences"][name][f"{a} − {b}"] = {"value": value, "low": low, "high": high,
-                                                         "n": len(task.items)}
+    for task, rows in scored_tasks:
+        name, n = task.benchmark.name, len(task.items)
+        report["benchmarks"][name] = {label: benchmark_cell(task, row) for label, row in rows.items()}
+        report["differences"][name] = {f"{a} − {b}": named_figure("value", n, rows[a], "headline", rows[b])
+                                       for a, b in row_pairs(rows)}
     return report
-
-
-def labels_of(report):
-    """The rows of all benchmarks, in the order of their first occurrence."""
-    labels = {}
-    for cells in report["benchmarks"].values():
-        labels |= dict.fromkeys(cells)
-    return list(labels)
 
 
 def average_headline(cells):
@@ -2604,71 +2565,52 @@ def average_headline(cells):
     return None if None in values else mean(values)
 
 
-def benchmark_markdown(report):
-    """The sections of report.md: headlines with intervals, differences, then what was asked, judged and written."""
-    names = list(report["benchmarks"])
-    titles = [BENCHMARKS[name].title for name in names]
-    lines, costs, notes, everything = [], [], [], []
-    for label in labels_of(report):
-        cells = [report["benchmarks"][name].get(label) for name in names]
-        figures = [interval_text(cell["headline"], cell["low"], cell["high"]) if cell else "–" for cell in cells]
-        lines.append([label, *figures, shown(average_headline(cells))])
-        for name, cell in zip(names, cells, strict=True):
-            if cell:
-                costs.append(cost_line(label, name, cell))
-                notes += [f"- {name}: {note}\n" for note in cell.get("notes", [])]
-                everything.append(cell)
-    differences = {}
-    for name in names:
-        for pair, figure in report["differences"].get(name, {}).items():
-            figures = differences.setdefault(pair, dict.fromkeys(names))
-            figures[name] = [figure[key] for key in ("value", "low", "high")]
-    return [
-        "# Benchmarks\n", f"Protocol: {report['protocol']}. Headline of each benchmark in percent, in brackets its "
-        f"95 % percentile-bootstrap interval over items ({report['settings']['resamples']} resamples). Thought and "
-        "tags are removed before scoring.\n",
-        markdown_table(["row", *titles, "Avg."], lines),
-        *difference_section(differences, titles, "Headlines"),
-        *cost_section(costs),
-        *dict.fromkeys(notes), *served_note(everything), "![benchmarks](benchmarks.png)\n"]
-
-
 def write_benchmark_report(cfg, scored_tasks):
-    """report.json, report.md and a plot of all benchmarks in the run folder; returns the lines to print."""
-    report, folder = benchmark_report(cfg, scored_tasks), Path(cfg.out)
-    write_atomic(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
-    write_atomic(folder / "report.md", "\n".join(benchmark_markdown(report)))
-    series, lines = {}, []
-    for label in labels_of(report):
-        cells = [cells.get(label, {}) for cells in report["benchmarks"].values()]
-        series[label] = [[cell.get(key) for key in ("headline", "low", "high")] for cell in cells]
-    kinds = {label: cell["kinds"] for label, cell in report["benchmarks"].get("ifeval", {}).items()}
-    plot_figures(folder / "benchmarks.png", list(report["benchmarks"]), series, f"headline, {cfg.protocol} (%)", kinds)
+    """report.json, report.md and a plot of all benchmarks in the run folder, and what to print."""
+    report, columns, differences, lines = benchmark_report(cfg, scored_tasks), {}, {}, []
     for name, cells in report["benchmarks"].items():
-        for label, cell in cells.items():
-            figure = interval_text(cell["headline"], cell["low"], cell["high"])
-            lines.append(f"{name:12} {label:8} {figure}  ({cell['seconds']:.0f} s)")
-    return [*lines, f"report: {folder / 'report.md'}"]
+        title = BENCHMARKS[name].title
+        columns[title] = {label: figure_of(cell) for label, cell in cells.items()}
+        differences[title] = report["differences"].get(name, {})
+        lines += [(label, name, cell) for label, cell in cells.items()]
+    kinds = {label: cell["kinds"] for label, cell in report["benchmarks"].get("ifeval", {}).items()}
+    plot_figures(Path(cfg.out) / "benchmarks.png", columns, f"headline, {cfg.protocol} (%)", kinds)
+    average = {}
+    for label, _, _ in lines:
+        value = average_headline([cells.get(label) for cells in report["benchmarks"].values()])
+        average[label] = shown(value)
+    write_report(cfg, report, [
+        "# Benchmarks\n", f"Protocol: {report['protocol']}. Headline of each benchmark in percent, in brackets its "
+        f"95 % percentile-bootstrap interval over items ({cfg.resamples} resamples). Thought and tags are removed "
+        "before scoring.\n",
+        figure_table("row", columns | {"Avg.": average}),
+        *difference_section(differences, "Headlines"), *cost_section(lines), *notes_of(lines),
+        "![benchmarks](benchmarks.png)\n"])
+    for label, name, cell in lines:
+        print(f"{name:12} {label:8} {figure_text(figure_of(cell))}  ({cell['seconds']:.0f} s)")
 
 
 # ---------------------------------------------------------------- plots
 
 
-def plot_figures(path, groups, series, ylabel, kinds=None):
-    """Bars with 95 % intervals, and with `kinds` ({label: {constraint type: share met}}) a heat map below.
+def plot_figures(path, columns, ylabel, kinds=None):
+    """Bars of {column: {row: figure}} with 95 % intervals; a column that lacks a figure is left out.
 
-    series: {name: (value, low, high) of each group}; None leaves a gap.
+    kinds, {row: {constraint type: share met}}: a heat map below.
     """
     plt = pyplot()
-    fig, axes = plt.subplots(2 if kinds else 1, figsize=(max(6, 1.5 + 1.4 * len(groups)), 7 if kinds else 3.6),
+    series = {title: [in_percent(figure) for figure in column.values()] for title, column in columns.items()
+              if None not in column.values()}
+    labels = list(next(iter(columns.values())))
+    fig, axes = plt.subplots(2 if kinds else 1, figsize=(max(6, 1.5 + 1.4 * len(labels)), 7 if kinds else 3.6),
                              layout="constrained", squeeze=False)
-    width = 0.8 / len(series)
-    for position, (name, figures) in enumerate(series.items()):
+    width = 0.8 / max(1, len(series))
+    for position, (title, figures) in enumerate(series.items()):
         value_K, low_K, high_K = np.array(figures, dtype=float).T
-        axes[0, 0].bar(np.arange(len(groups)) + width * position, value_K, 0.9 * width, label=name, capsize=2,
-                       yerr=np.maximum(0, [value_K - low_K, high_K - value_K]))
-    axes[0, 0].set(xticks=np.arange(len(groups)) + width * (len(series) - 1) / 2, xticklabels=groups, ylabel=ylabel)
-    fig.legend(loc="outside upper center", ncols=len(series), frameon=False)
+        axes[0, 0].bar(np.arange(len(figures)) + width * position, value_K, 0.9 * width, label=title, capsize=2,
+                       yerr=np.nan_to_num(np.maximum(0, [value_K - low_K, high_K - value_K])))
+    axes[0, 0].set(xticks=np.arange(len(labels)) + 0.4 - width / 2, xticklabels=labels, ylabel=ylabel)
+    fig.legend(loc="outside upper center", ncols=4, frameon=False)
     if kinds:
         names = list(next(iter(kinds.values())))
         image = axes[1, 0].imshow([[shares.get(name, np.nan) for name in names] for shares in kinds.values()],
@@ -2680,64 +2622,46 @@ def plot_figures(path, groups, series, ylabel, kinds=None):
     plt.close(fig)
 
 
-def plot_training(curves, path):
-    """One panel per (title, x_N, y_N); nothing is smoothed, so that what is seen is what was logged."""
+def plot_training(cfg):
+    """training.png: what sft.py and grpo.py logged next to the models of the rows SFT and Ours, a panel per metric.
+
+    Nothing is smoothed, so that what is seen is what was logged. Returns the line of report.md that shows it.
+    """
+    wanted = [(f"sft: {key}", cfg.sft_model, key) for key in ("loss/train", "loss/val")]
+    wanted += [(f"grpo: {key}", cfg.ours_model, key) for key in (
+        "reward/mean", "reward/all_met", "dev/all_met", "dev/slips", "rollout/entropy", "rollout/skip_rate")]
+    curves = {}
+    for title, model, key in wanted:
+        metrics = read_jsonl(Path(model).parent / "metrics.jsonl")
+        points = [(line["step"], line[key]) for line in metrics if "step" in line and line.get(key) is not None]
+        if points:
+            curves[title] = zip(*points, strict=True)
+    if not curves:
+        return []
     plt = pyplot()
     fig, axes = plt.subplots(1, len(curves), figsize=(3.2 * len(curves), 2.8), layout="constrained", squeeze=False)
-    for ax, (title, x, y) in zip(axes[0], curves, strict=True):
-        ax.plot(x, y, linewidth=1)
+    for ax, (title, points) in zip(axes[0], curves.items(), strict=True):
+        ax.plot(*points, linewidth=1)
         ax.set(title=title, xlabel="step")
-    fig.savefig(path, dpi=120)
+    fig.savefig(Path(cfg.out) / "training.png", dpi=120)
     plt.close(fig)
-
-
-def training_curves(cfg):
-    """(title, steps, values) of what sft.py and grpo.py logged next to the models of the rows SFT and Ours."""
-    wanted = [("sft", cfg.sft_model, key) for key in ("loss/train", "loss/val")]
-    wanted += [("grpo", cfg.ours_model, key) for key in (
-        "reward/mean", "reward/all_met", "dev/all_met", "dev/slips", "rollout/entropy", "rollout/skip_rate")]
-    curves = []
-    for stage, model, key in wanted:
-        metrics = read_jsonl(Path(model).parent / "metrics.jsonl")
-        points = [(row["step"], row[key]) for row in metrics if "step" in row and row.get(key) is not None]
-        if points:
-            curves.append((f"{stage}: {key}", *zip(*points, strict=True)))
-    return curves
+    return ["![training.png](training.png)\n"]
 
 
 # ---------------------------------------------------------------- the paper's tables
 
 
-class Figure(NamedTuple):
-    """A figure of ours for a cell of a paper's table, in percent."""
-
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
-
-
-def figure_of(cell, metric="headline"):
-    """Shares are stored in 0..1, headlines in percent."""
-    if not cell or cell.get(metric) is None:
-        return Figure()
-    scale = 1 if metric == "headline" else 100
-    low, high = cell.get("intervals", {}).get(metric, (None, None))
-    if low is not None:
-        low, high = scale * low, scale * high
-    return Figure(scale * cell[metric], low, high, cell.get("n", {}).get("asked"))
-
-
 def compared_cell(figure, published, marked=False):
     """Ours (paper's, difference) [our interval] n; † marks a published figure that the paper itself contradicts."""
-    text = shown(figure.value, ".2f")
+    figure = figure or {}
+    value, mark = figure.get("value"), "†" if marked else ""
+    text = shown(value, ".2f")
     if published is not None:
-        mark = "†" if marked else ""
-        gap = "" if figure.value is None else f", {figure.value - published:+.2f}"
+        gap = "" if value is None else f", {value - published:+.2f}"
         text += f" ({published:.2f}{mark}{gap})"
-    if figure.low is not None:
-        text += f" [{shown(figure.low)}, {shown(figure.high)}]"
-    return text + (f" n={figure.n}" if figure.n else "")
+    if "low" in figure:
+        text += f" [{shown(figure['low'])}, {shown(figure['high'])}]"
+    return text + (f" n={figure['n']}" if figure.get("n") else "")
 
 
 def cells_of_runs(cfg, published):
@@ -2774,55 +2698,51 @@ def published_model(cell, report, published):
     return model if model in published["table 1"]["rows"] else base
 
 
-def figures_of_row(table, columns, cells):
-    """Our Figures for the columns of Table 1, the ablation or Table 5; the last column is their mean."""
+def table_figures(table, columns, cells):
+    """Our figures for a line of Table 1, of the ablation or of Table 5; the last column is their mean."""
     if table == "5":
-        cell = cells.get("ifbench")
-        return [figure_of(cell, column) for column in columns[:-1]] + [figure_of(cell)]
-    titles = {benchmark.title: name for name, benchmark in BENCHMARKS.items()}
-    chosen = [cells.get(titles.get(column)) for column in columns[:-1]]
-    return [figure_of(cell) for cell in chosen] + [Figure(average_headline(chosen))]
+        return [figure_of(cells.get("ifbench"), column) for column in columns[:-1]] + [figure_of(cells.get("ifbench"))]
+    by_title = {BENCHMARKS[name].title: cell for name, cell in cells.items()}
+    chosen = [by_title.get(column) for column in columns[:-1]]
+    return [figure_of(cell) for cell in chosen] + [{"value": average_headline(chosen)}]
 
 
 def paper_table(cfg):
     """--table: the layout of the paper's table, our figures from run folders and the paper's."""
     published = json.loads((data_dir / "results.json").read_text(encoding="utf-8"))
     columns, rows = (published[f"table {cfg.table}"][key] for key in ("columns", "rows"))
-    cells, notes, lines = cells_of_runs(cfg, published), [], []
+    cells = cells_of_runs(cfg, published)
     models = sorted({model for model, _ in cells})
     if cfg.table in ("2", "ablation") and len(models) > 1:
         raise InputError(f"--table {cfg.table}: of one model, but the runs hold {', '.join(models)}; give --runs of "
                          "one (a trained model counts as its --base-model)")
-    anomalies = {}  # figures that the paper itself contradicts
+    head, printed, ours = [models[0]], {}, {}  # both: titles of a line -> its figures
+    if cfg.table == "2":  # of one model; lines are categories, columns are methods
+        for category in rows:
+            printed[category,] = rows[category]
+            ours[category,] = [figure_of(cells.get((models[0], column), {}).get("complexbench"), category)
+                               for column in columns]
+    elif cfg.table == "ablation":  # a row is found by its label
+        printed = {(label,): figures for label, figures in rows.items()}
+        ours = {(label,): table_figures(cfg.table, columns, cells[model, label]) for model, label in cells}
+    else:
+        head = ["model", "method"]
+        printed = {(model, label): figures for model, methods in rows.items() for label, figures in methods.items()}
+        ours = {titles: table_figures(cfg.table, columns, cells[titles]) for titles in cells}
+    anomalies = {}  # figures of Table 1 that the paper itself contradicts
     if cfg.table == "1":
         anomalies = {(model, label, column): note for model, label, column, note in published["anomalies"]}
-
-    def figure_line(model, label, printed):
+    lines, notes, nothing = [], [], [None] * len(columns)
+    for titles in dict.fromkeys([*printed, *ours]):
         texts = []
-        figures = figures_of_row(cfg.table, columns, cells.get((model, label), {}))
-        for column, figure, given in zip(columns, figures, printed or [None] * len(columns), strict=True):
-            note = anomalies.get((model, label, column))
+        for column, figure, given in zip(columns, ours.get(titles, nothing), printed.get(titles, nothing), strict=True):
+            note = anomalies.get((*titles, column))
             if note:
-                notes.append(f"† {model}, {label}, {column}: {note}.  ")
+                notes.append(f"† {', '.join(titles)}, {column}: {note}.  ")
             texts.append(compared_cell(figure, given, bool(note)))
-        return texts
-
-    head = [models[0], *columns]
-    if cfg.table == "2":  # of one model; rows are categories, columns are methods
-        for category, printed in rows.items():
-            own = [cells.get((models[0], column), {}).get("complexbench") for column in columns]
-            lines.append([category, *(compared_cell(figure_of(cell, category), given)
-                                      for cell, given in zip(own, printed, strict=True))])
-    elif cfg.table == "ablation":  # a row is found by its label
-        for label in dict.fromkeys([*rows, *(label for _, label in cells)]):
-            lines.append([label, *figure_line(models[0], label, rows.get(label))])
-    else:
-        head = ["model", "method", *columns]
-        printed_rows = [(model, label) for model, methods in rows.items() for label in methods]
-        for model, label in dict.fromkeys([*printed_rows, *cells]):
-            lines.append([model, label, *figure_line(model, label, rows.get(model, {}).get(label))])
+        lines.append([*titles, *texts])
     title = f"Ours (paper, difference) [95 % interval] n; {published['source']}.\n"
-    return "\n".join([title, markdown_table(head, lines), *notes])
+    return "\n".join([title, markdown_table([*head, *columns], lines), *notes])
 
 
 # ---------------------------------------------------------------- the call
@@ -2888,7 +2808,7 @@ def load_tasks(cfg):
         return [Task(benchmark, spread(items, cfg.limit or len(items)), key, cfg)]
     for name in names:
         items = BENCHMARKS[name].load(Path(cfg.benchmark_dir))
-        key = hashlib.sha256(json.dumps(conversations_of(items)).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([item.messages for item in items]).encode()).hexdigest()
         items = spread(items, cfg.limit or len(items))
         if any(item.questions for item in items) and not cfg.judge:
             raise InputError(f"--benchmarks {name}: give --judge NAME (loaded here) or NAME@URL (served)")
@@ -2965,8 +2885,10 @@ def main(argv=None):
     # 3. Judge, score, report: all finished rows of the folder, not only those of this call.
     judge = tasks[0].benchmark.open_judge(cfg) if cfg.judge else None
     scored_tasks = [(task, score_rows(task, judge)) for task in tasks]
-    lines = write_benchmark_report(cfg, scored_tasks) if names else write_record_report(*scored_tasks[0])
-    print("\n".join(lines))
+    if names:
+        write_benchmark_report(cfg, scored_tasks)
+    else:
+        write_record_report(*scored_tasks[0])
 
 
 if __name__ == "__main__":

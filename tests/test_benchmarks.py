@@ -424,7 +424,7 @@ def test_infobench_replies_own(text, read):
     ("ifeval", answers(_1="x") * 2, None, "responses.jsonl:2: field 'id'"),
     ("cfbench", answers(_0="x"), None, "--judgements"),
     ("cfbench", answers(_0="x"), [{"id": 0, "question": 1, "reply": "x"}], "judgements.jsonl:1: field 'question'"),
-    ("infobench", answers(own_task_1="x"), [{"id": "own_task_1", "question": 3, "reply": "x"}], "from 0 to 2"),
+    ("infobench", answers(own_task_1="x"), [{"id": "own_task_1", "question": 3, "reply": "x"}], "are [0, 1, 2]"),
     ("infobench", answers(own_task_1="x"), [{"id": "own_task_1", "question": 0}], "field 'reply'"),
     ("nobench", answers(_1="x"), None, "--score nobench"),
 ])
@@ -729,6 +729,35 @@ def test_fbbench_without_json_mode_is_judged_at_temperature_0(fakes, talks):
     evaluate.main(["--benchmarks", "fb-bench", *FLAGS, "--method", "io"])
     calls = [(settings["temperature"], "response_format" in settings) for _, _, settings in talks]
     assert calls == [(0.0, True)] * 3 + [(0.0, False)] * 3 and cell_of("fb-bench")["n"]["unparsable"] == 0
+
+
+def test_rows_are_compared_in_pairs_with_all_resamples(fakes, monkeypatch):
+    class Better(FakeEngine):
+        def answer(self, prompt, k):
+            text = "- Nile\n- Rhine\n- Po" if self.name == "better" and "rivers" in prompt else "A note, short"
+            return Completion([1], text, "stop", None)
+
+    drawn, resample = [], evaluate.resampled_weights
+    for name in ("m", "better"):
+        fakes[name] = Better(name)
+
+    def count(groups, resamples, seed):
+        drawn.append((len(groups), resamples, seed))
+        return resample(groups, resamples, seed)
+
+    monkeypatch.setattr(evaluate, "resampled_weights", count)
+    run = ["--benchmarks", "ifeval,cello", *FLAGS, "--resamples", "1500", "--method", "io"]
+    evaluate.main(run)
+    evaluate.main([*run, "--label", "Ours", "--model", "better"])
+    report = json.loads(Path("runs/benchmarks/report.json").read_text("utf-8"))
+    ours, plain = (report["benchmarks"]["ifeval"][label] for label in ("Ours", "I/O"))
+    assert (ours["headline"], plain["headline"]) == (25, 0)  # one prompt of four
+    assert report["differences"]["ifeval"]["Ours − I/O"] == {
+        "value": 25, "low": ours["low"], "high": ours["high"], "n": 4}
+    assert report["differences"]["cello"]["Ours − I/O"]["value"] == 0
+    assert set(drawn) == {(4, 1500, 0), (3, 1500, 0)}  # the same draws for both rows, as many as asked for
+    text = Path("runs/benchmarks/report.md").read_text("utf-8")
+    assert "| Ours − I/O | +25.0 [" in text and "the interval includes 0 (IFEval, CELLO)" in text
 
 
 SERVED = ["--model", "m@http://u", "--max-new-tokens", "99"]

@@ -153,8 +153,8 @@ def test_perplexity_is_that_of_the_tiny_model():
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
                                          num_attention_heads=2, num_key_value_heads=2)).eval().to(device())
     records, answers = [record("a", [TEA]), record("b", [TEA]), record("c", [TEA])], ["green tea", "", "some hot tea"]
-    conversations, languages = [item["messages"] for item in records], ["en"] * 3
-    measured = evaluate.answer_perplexity(model, FakeTokenizer(), conversations, languages, answers)
+    items = [item_of(item) for item in records]
+    measured = evaluate.answer_perplexity(model, FakeTokenizer(), items, answers)
     nll, count = 0.0, 0
     for item, answer in zip(records, answers, strict=True):
         prompt, response = list(item["messages"][-1]["content"].encode()), list(answer.encode())
@@ -162,7 +162,7 @@ def test_perplexity_is_that_of_the_tiny_model():
         nll -= sum(logits[len(prompt) + t - 1, token].item() for t, token in enumerate(response))
         count += len(response)
     assert measured == pytest.approx(math.exp(nll / count), rel=1e-4)
-    assert evaluate.answer_perplexity(model, FakeTokenizer(), conversations[:1], languages[:1], [""]) is None
+    assert evaluate.answer_perplexity(model, FakeTokenizer(), items[:1], [""]) is None
 
 
 # ---------------------------------------------------------------------------------------- whole runs, fake model
@@ -400,6 +400,27 @@ def test_blank_and_refused_answers_meet_no_judged_constraint(fakes, tmp_path, mo
     report = json.loads((tmp_path / "runs/evaluate/report.json").read_text())
     assert report["rows"]["I/O"]["all"]["all_strict"]["share"] == pytest.approx(1 / 3)
     assert [answer for _, answer, _ in asked] == ["hot tea"]
+
+
+def test_the_report_says_what_the_judge_could_not_read_or_had_to_cut(fakes, tmp_path, monkeypatch):
+    question = {"kind": "judge", "question": "Kind?", "text": "Be kind.", "depends_on": [], "active": True}
+    write(tmp_path / "judge.jsonl", [record(f"r{k}", [TEA]) | {"constraints": [question]} for k in range(3)])
+
+    class Judge:
+        asked = unreadable = truncated = 0
+
+        def __call__(self, items):
+            self.asked, self.unreadable, self.truncated = self.asked + len(items), self.unreadable + 1, 2
+            return [False] * len(items)
+
+    monkeypatch.setattr(evaluate, "make_judge", lambda *args, **more: Judge())
+    run = ["--benchmarks", "judge.jsonl", "--method", "io", "--judge", "some", "--perplexity-items", "0"]
+    for _ in range(2):  # the second call asks nothing, and still says what the first one counted
+        main(run)
+        row = json.loads((tmp_path / "runs/evaluate/report.json").read_text())["rows"]["I/O"]
+        assert row["judge_counts"] == {"asked": 3, "unreadable": 1, "truncated": 2} and row["n"]["judged"] == 3
+        text = (tmp_path / "runs/evaluate/report.md").read_text()
+        assert "Judge of row I/O: 3 questions, 1 unreadable replies (counted as no), 2 answers cut to fit" in text
 
 
 def summary(records, verdicts):
