@@ -236,9 +236,9 @@ def bootstrap(measure, groups, *, resamples=10000, seed=0):
     metrics = measure(np.ones((1, len(groups))))
     parts = {name: [] for name, value in metrics.items() if isinstance(value, np.ndarray)}
     for weights_RN in resampled_weights(groups, resamples, seed):
-        drawn = measure(weights_RN)
+        part = measure(weights_RN)
         for name, values in parts.items():
-            values.append(drawn[name])
+            values.append(part[name])
     return plain(metrics), {name: np.concatenate(values) for name, values in parts.items() if values}
 
 
@@ -304,14 +304,27 @@ class Benchmark:
     """A benchmark: its files, the judge's questions, the verdict on an answer, the published metrics.
 
     Protocols: official is the authors' own, raif that with the headlines of the paper's Table 1, corrected counts the
-    unreadable as 0 and mends slips that the classes name.
+    unreadable as 0 and fixes slips that the classes name.
     """
 
     name = title = ""
+    path = ""  # of the authors' file below --benchmark-dir
+    is_jsonl = False  # one record a line, or else one list
+    fields = {}  # what every record has to hold: field -> type or types
     json_mode = False  # is the judge asked to reply in JSON mode?
 
     def load(self, folder):
-        """The items of the authors' own files below --benchmark-dir."""
+        """The items of the benchmark."""
+        path = folder / self.path
+        return [self.item(record, number, path) for number, record in self.read(path)]
+
+    def read(self, path):
+        """(position from 1, record) of a file of the authors."""
+        records = rewards.json_lines(path) if self.is_jsonl else json_list(path)
+        return [(number, checked(path, number, record, **self.fields)) for number, record in records]
+
+    def item(self, record, number, path):
+        """The Item of a record; `number` and `path` say where it is."""
         raise NotImplementedError
 
     def conversation(self, item, answer, question, replies):
@@ -355,28 +368,28 @@ class Benchmark:
         return {}
 
 
-def checked(path, number, record, **kinds):
+def checked(path, number, record, **fields):
     """`record` if it is an object with these fields of these types, else InputError `file:number: field ...`."""
-    for name, kind in kinds.items():
-        if not isinstance(record, dict) or name not in record or not isinstance(record[name], kind):
-            types = kind if isinstance(kind, tuple) else (kind,)
+    for name, types in fields.items():
+        if not isinstance(record, dict) or name not in record or not isinstance(record[name], types):
+            allowed = types if isinstance(types, tuple) else (types,)
             raise InputError(f"{path}:{number}: field {name!r}: missing or of another type; it has to be "
-                             f"{' or '.join(t.__name__ for t in types)} (--prepare downloads the benchmarks' files)")
+                             f"{' or '.join(t.__name__ for t in allowed)} (--prepare downloads the benchmarks' files)")
     return record
 
 
-def json_list(path, **kinds):
-    """(position from 1, record) of a file that is one JSON list; NaN is allowed, as in CELLO's files."""
+def json_list(path):
+    """(position from 1, value) of a file that is one JSON list; NaN is allowed, as in CELLO's files."""
     try:
-        records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); --benchmark-dir is the folder that holds "
                          "ifeval/, cello/ and so on; --prepare downloads the files") from None
     except ValueError as error:
         raise InputError(f"{path}: is not JSON ({error}); --prepare downloads the file again") from None
-    if not isinstance(records, list):
+    if not isinstance(values, list):
         raise InputError(f"{path}: holds no list; --prepare downloads the file again")
-    return [(number, checked(path, number, record, **kinds)) for number, record in enumerate(records, 1)]
+    return enumerate(values, 1)
 
 
 @lru_cache
@@ -399,17 +412,14 @@ def literal(text):
 class IFEval(Benchmark):
     """541 English prompts whose 25 types of constraints are checked by rules."""
 
-    name, title, path = "ifeval", "IFEval", "ifeval/input_data.jsonl"
+    name, title, path, is_jsonl = "ifeval", "IFEval", "ifeval/input_data.jsonl", True
+    fields = {"key": (int, str), "prompt": str, "instruction_id_list": list, "kwargs": list}
 
-    def load(self, folder):
-        path, items = folder / self.path, []
-        for number, record in rewards.json_lines(path):
-            checked(path, number, record, key=(int, str), prompt=str, instruction_id_list=list, kwargs=list)
-            problem = self.problem(record)
-            if problem:
-                raise InputError(f"{path}:{number}: field 'kwargs': {problem}; --prepare downloads the file again")
-            items.append(make_item(record["key"], record["prompt"], "en", record))
-        return items
+    def item(self, record, number, path):
+        problem = self.problem(record)
+        if problem:
+            raise InputError(f"{path}:{number}: field 'kwargs': {problem}; --prepare downloads the file again")
+        return make_item(record["key"], record["prompt"], "en", record)
 
     def problem(self, record):
         """What keeps the record from being scored; None if nothing does."""
@@ -471,7 +481,7 @@ class IFBench(IFEval):
         for verdict in sample.verdicts:
             unknown |= set(verdict.get("unknown", []))
         count = sum(len(item.record["kwargs"]) for item in sample.items)
-        share = sum(map(len, part.values("strict"))) / count
+        share = sum(map(len, part.values("strict"))) / max(1, count)
         note = f"{share:.0%} of the instructions are scored; types that are not: {', '.join(sorted(unknown))}"
         return super().details(part, protocol) | {"not_scored": sorted(unknown), "share_scored": share,
                                                   "notes": [note]}
@@ -504,6 +514,8 @@ class Cello(Benchmark):
     authors' scorer is: see the comments."""
 
     name, title = "cello", "CELLO"
+    fields = {"Instruction": str, "Instruction_id": str, "lang": str, "histories": list, "Count_limit": list,
+              "Answer_format": list, "Task_prescribed_phrases": list, "Input_depdent_query": list}
     instruction_tasks = ("extraction", "Planning", "meta_prompt", "brainstorming_single_round", "writing_single_round")
     input_tasks = ("keywords_extraction", "closed_qa", "Summarization", "Structure", "brainstorming_multi_rounds",
                    "writing_multi_rounds")
@@ -513,31 +525,33 @@ class Cello(Benchmark):
         if not paths:
             raise InputError(f"{folder / 'cello'}: no *.json there; --benchmark-dir is the folder that holds cello/")
         for path in paths:
-            for _, record in json_list(path, Instruction=str, Instruction_id=str, lang=str, histories=list,
-                                       Count_limit=list, Answer_format=list, Task_prescribed_phrases=list,
-                                       Input_depdent_query=list):
-                messages = []
-                for request, answer in record["histories"]:
-                    messages += [*from_user(request), {"role": "assistant", "content": answer}]
-                messages += from_user(record["Instruction"])
-                items.append(make_item(record["Instruction_id"], messages, "zh", record, part=path.stem))
+            items += [self.item(record, number, path) for number, record in self.read(path)]
         return items
+
+    def item(self, record, number, path):
+        messages = []
+        for request, answer in record["histories"]:
+            messages += [*from_user(request), {"role": "assistant", "content": answer}]
+        messages += from_user(record["Instruction"])
+        return make_item(record["Instruction_id"], messages, "zh", record, part=path.stem)
 
     def verdict(self, item, answer, replies, protocol):
         record = item.record
         if answer is None:
             return {"scores": [0.0] * 4}  # on all four criteria, asked or not
         form = [share_present(answer, record["Answer_format"])]
-        asked = first_criterion(record["Answer_format"], ("resolve",))
-        if asked:
-            form.append(int(can_be_read(answer, asked[1])))
+        criterion = first_criterion(record["Answer_format"], ("resolve",))
+        if criterion:
+            form.append(int(can_be_read(answer, criterion[1])))
         query, source = share_present(answer, record["Input_depdent_query"]), record.get("input_text")
         if query and isinstance(source, str) and source != "NULL":
             query *= 1 - character_bleu(answer, source)
         # The authors append each answer to the history before scoring, so that a revision is compared with itself.
         previous = answer
         if protocol == "corrected":
-            previous = record["histories"][-1][1] if record["histories"] else None
+            previous = None
+            if record["histories"]:
+                previous = record["histories"][-1][1]
         return {"scores": [mean(form), query, share_present(answer, record["Task_prescribed_phrases"]),
                            count_score(answer, record, previous)]}
 
@@ -572,8 +586,11 @@ def first_criterion(criteria, names):
 
 def share_present(text, criteria):
     """Share of the required substrings that occur (a bare string is gone through character by character)."""
-    asked = first_criterion(criteria, ("keywords",))
-    return sum(word in text for word in asked[1]) / len(asked[1]) if asked else None
+    criterion = first_criterion(criteria, ("keywords",))
+    if criterion is None:
+        return None
+    words = criterion[1]
+    return sum(word in text for word in words) / len(words)
 
 
 def can_be_read(text, form):
@@ -636,34 +653,34 @@ def sample_score(text, criteria):
 
 def word_score(text, record):
     """How near the text is to its limit of words (Chinese: characters); None if there is no such limit."""
-    asked = first_criterion(record["Count_limit"], ("word-max", "word-min", "word-exact", "word-min-max"))
-    if asked is None:
+    criterion = first_criterion(record["Count_limit"], ("word-max", "word-min", "word-exact", "word-min-max"))
+    if criterion is None:
         return None
+    mode, limit = criterion
     if record["lang"] == "ch":
         n = len(re.findall("[\u4e00-\u9fa5]", text))
     else:
         n = sum(re.search("[A-Za-z0-9]", word) is not None for word in text.split())
-    mode, limit = asked
     if mode == "word-max" and n > limit:
         return 1 - (n - limit) / n
     if mode == "word-min" and n < limit:
         return n / limit
-    return 1  # also for an exact number and for a range: those are never held against an answer
+    return 1  # also for an exact number and for a range: those never count against an answer
 
 
 def sentence_score(text, record):
     """How near the text is to its limit of sentences; None if there is no such limit."""
-    asked = first_criterion(record["Count_limit"],
-                            ("sentence-max", "sentence-min", "sentence-min-max", "sentence-exact"))
-    if asked is None or asked[0] == "sentence-max":  # a maximum always ends as not asked
+    criterion = first_criterion(record["Count_limit"],
+                                ("sentence-max", "sentence-min", "sentence-min-max", "sentence-exact"))
+    if criterion is None or criterion[0] == "sentence-max":  # a maximum always ends as not asked
         return None
+    mode, limit = criterion
     if record["lang"] == "ch":
         # A run of other characters and its end mark. Only the last two characters of a sentence are looked for, so
         # that a text without any mark is scanned once.
         n = len(re.findall("[^。！？；\n][。！？；\n]", text))
     else:
         n = len(rewards.text_of(text).punkt_sentences)
-    mode, limit = asked
     if mode == "sentence-min":
         return min(1, n / limit)
     low, high = limit if mode == "sentence-min-max" else (limit, limit)
@@ -672,10 +689,12 @@ def sentence_score(text, record):
 
 def revision_score(text, record, previous):
     """Is the answer as long as, or longer (shorter) than, the one it revises? None if nothing was to be revised."""
-    asked = first_criterion(record["Count_limit"], ("revise",))
-    if asked is None or previous is None:
+    criterion = first_criterion(record["Count_limit"], ("revise",))
+    if criterion is None or previous is None:
         return None
-    return int(len(text) >= len(previous)) if asked[1] == "longer" else int(len(text) <= len(previous))
+    if criterion[1] == "longer":
+        return int(len(text) >= len(previous))
+    return int(len(text) <= len(previous))
 
 
 def count_score(text, record, previous):
@@ -691,13 +710,12 @@ class CFBench(Benchmark):
     """1,000 Chinese prompts; one judge call marks every check point 0 or 1. Scores are rounded to two decimals by
     numpy at every step, comparisons with 0.8 are strict."""
 
-    name, title = "cfbench", "CF Bench"
+    name, title, path = "cfbench", "CF Bench", "cfbench/cfbench_data.json"
+    fields = {"idx": (int, str), "prompt": str, "split": str, "criteria": list}
 
-    def load(self, folder):
-        records = json_list(folder / "cfbench" / "cfbench_data.json", idx=(int, str), prompt=str, split=str,
-                            criteria=list)
-        return [make_item(record["idx"], record["prompt"], "zh", record, questions=[None],
-                          plan=[criterion[0] for criterion in record["criteria"]]) for _, record in records]
+    def item(self, record, number, path):
+        return make_item(record["idx"], record["prompt"], "zh", record, questions=[None],
+                         plan=[criterion[0] for criterion in record["criteria"]])
 
     def conversation(self, item, answer, question, replies):
         return from_user(prompt_text("bench_cfbench", instruction=item.record["prompt"], answer=answer,
@@ -784,31 +802,26 @@ class ComplexBench(Benchmark):
     """1,150 Chinese prompts; yes/no questions to a judge. For a question with a rule the judge's reply names spans of
     the answer, and the rule is run on them."""
 
-    name, title = "complexbench", "Complex Bench"
+    name, title, path = "complexbench", "Complex Bench", "complexbench/data_final.json"
+    fields = {"main_id": (int, str), "instruction": str, "category": str, "scoring_questions": list}
 
-    def load(self, folder):
-        path, items = folder / "complexbench" / "data_final.json", []
-        for number, record in json_list(path, main_id=(int, str), instruction=str, category=str,
-                                        scoring_questions=list):
-            questions = record["scoring_questions"]
-            for question in questions:
-                checked(path, number, question, question=str, rule=(str, type(None)), dep=list)
-                if any(type(k) is not int or not 0 <= k < len(questions) for k in question["dep"]):
-                    raise InputError(f"{path}:{number}: field 'dep': {question['dep']} are not positions of questions; "
-                                     "--prepare downloads the file again")
-            items.append(make_item(record["main_id"], record["instruction"], "zh", record, group=record.get("group"),
-                                   questions=list(range(len(questions))),
-                                   plan=[question["question"] for question in questions]))
-        return items
+    def item(self, record, number, path):
+        questions = record["scoring_questions"]
+        for question in questions:
+            checked(path, number, question, question=str, rule=(str, type(None)), dep=list)
+            if any(type(k) is not int or not 0 <= k < len(questions) for k in question["dep"]):
+                raise InputError(f"{path}:{number}: field 'dep': {question['dep']} are not positions of questions; "
+                                 "--prepare downloads the file again")
+        return make_item(record["main_id"], record["instruction"], "zh", record, group=record.get("group"),
+                         questions=list(range(len(questions))), plan=[question["question"] for question in questions])
 
     def conversation(self, item, answer, question, replies):
-        asked = item.record["scoring_questions"][question]
-        name = "bench_complexbench"
-        if asked["rule"] is not None:
-            name += "_each" if "each" in asked["rule"] else "_span"
+        entry, name = item.record["scoring_questions"][question], "bench_complexbench"
+        if entry["rule"] is not None:
+            name += "_each" if "each" in entry["rule"] else "_span"
         # Only what the judge sees is cut; rules are run on the whole answer.
         return from_user(prompt_text(name, instruction=item.record["instruction"][:6000], answer=answer[:4000],
-                                     question=asked["question"]))
+                                     question=entry["question"]))
 
     def readable(self, item, question, reply):
         return item.record["scoring_questions"][question]["rule"] is not None or read_yes(reply)[1]
@@ -824,12 +837,14 @@ class ComplexBench(Benchmark):
             else:
                 met, readable = read_yes(reply)
                 raw.append(met)
-                unparsable += not readable
+                if not readable:
+                    unparsable += 1
         met = []
         for value, question in zip(raw, questions, strict=True):
             # One step only: the raw verdicts of `dep` count, not the adjusted ones.
-            failed = any(raw[k] is False for k in question["dep"])
-            met.append(False if failed else value)
+            if any(raw[k] is False for k in question["dep"]):
+                value = False
+            met.append(value)
         return {"met": met, "judged": len(replies), "unparsable": unparsable}
 
     def rule_verdict(self, rule, reply, answer, protocol):
@@ -897,7 +912,7 @@ def span_list(reply, answer):
     return [] if "None" in target else [span.strip() for span in target.split("||")]
 
 
-# A rule is a text such as model_length:[1,10]. The first row of data/benchmarks/complexbench_rules.json whose
+# A rule is a text such as model_length:[1,10]. The first entry of data/benchmarks/complexbench_rules.json whose
 # `contains` are all in the text, and none of whose `without`, says how to read and run it:
 #   name, or pattern   where the arguments are (a null pattern: the authors' code stops there)
 #   argument           their form: words [a,b], untrimmed words, a literal, a text, a line
@@ -915,21 +930,21 @@ ARGUMENT_FORMS = {"words": r":(\[.*?\])$", "line": r":(.*?)$", "untrimmed words"
 
 def complexbench_rule(rule, spans):
     """True, False or UNKNOWN for a rule text and the spans of the answer that it is about."""
-    row = rule_row(rule)
-    if row is None or not row["tests"]:
+    entry = rule_entry(rule)
+    if entry is None or not entry["tests"]:
         return UNKNOWN
-    if spans in ([], [""]) and not row.get("plain"):
-        return row.get("absent", False)
-    arguments, reach = rule_arguments(row, rule), row.get("spans", "first")
-    if row.get("plain"):
-        return span_verdict(row, arguments, spans[0] if spans else "")
+    if spans in ([], [""]) and not entry.get("plain"):
+        return entry.get("absent", False)
+    arguments, reach = rule_arguments(entry, rule), entry.get("spans", "first")
+    if entry.get("plain"):
+        return span_verdict(entry, arguments, spans[0] if spans else "")
     if arguments is None:
         return UNKNOWN
     if reach == "counted":
         low, high = arguments[0]
         return low <= len(spans) <= high
     if reach == "first":
-        return span_verdict(row, arguments, spans[0])
+        return span_verdict(entry, arguments, spans[0])
     wanted = [arguments] * len(spans)
     if reach == "paired":
         wanted = [[word] for word in arguments[0]]
@@ -937,28 +952,31 @@ def complexbench_rule(rule, spans):
             return False
     if reach == "each but the last" and len(spans) > 1:
         spans, wanted = spans[:-1], wanted[:-1]
-    return all(span_verdict(row, own, span) for span, own in zip(spans, wanted, strict=True) if span != "")
+    return all(span_verdict(entry, words, span) for span, words in zip(spans, wanted, strict=True) if span != "")
 
 
-def rule_row(rule):
-    """The row of the table for a rule text; None if there is none."""
-    for row in rule_table("complexbench"):
-        if all(text in rule for text in row["contains"]) and not any(text in rule for text in row.get("without", [])):
-            return row
+def rule_entry(rule):
+    """The entry of the table for a rule text; None if there is none."""
+    for entry in rule_table("complexbench"):
+        missing = [text for text in entry["contains"] if text not in rule]
+        unwanted = [text for text in entry.get("without", []) if text in rule]
+        if not missing and not unwanted:
+            return entry
     return None
 
 
-def rule_arguments(row, rule):
+def rule_arguments(entry, rule):
     """The arguments at the end of the rule text; None if they cannot be read (there the authors' code stops)."""
-    pattern = row["pattern"] if "pattern" in row else row["name"] + ARGUMENT_FORMS[row["argument"]]
+    pattern = entry["pattern"] if "pattern" in entry else entry["name"] + ARGUMENT_FORMS[entry["argument"]]
     match = re.search(pattern, rule) if pattern else None
     if match is None:
         return None
-    arguments = [rule_argument(text, row["argument"]) for text in match.groups()]
+    arguments = [rule_argument(text, entry["argument"]) for text in match.groups()]
     return None if None in arguments else arguments
 
 
 def rule_argument(text, form):
+    """One argument as its form has it; None for a literal that cannot be read."""
     if form == "literal":
         return literal(text)
     if form == "words":
@@ -968,18 +986,18 @@ def rule_argument(text, form):
     return text
 
 
-def span_verdict(row, arguments, span):
-    """The tests of a row on one span: True, False, or UNKNOWN if the arguments could not be read."""
+def span_verdict(entry, arguments, span):
+    """The tests of an entry on one span: True, False, or UNKNOWN if the arguments could not be read."""
     verdict = False
-    for text in {"removed": [unquoted(span)], "either": [unquoted(span), span]}.get(row.get("quotes"), [span]):
-        if row.get("plain") and (text == "" or "None" in text):
-            verdict = row.get("absent", False)
+    for text in {"removed": [unquoted(span)], "either": [unquoted(span), span]}.get(entry.get("quotes"), [span]):
+        if entry.get("plain") and (text == "" or "None" in text):
+            verdict = entry.get("absent", False)
         elif arguments is None:
             verdict = UNKNOWN
         else:
-            text = text.translate(FULL_WIDTH) if row.get("wide") else text
+            text = text.translate(FULL_WIDTH) if entry.get("wide") else text
             verdict = all(SPAN_TESTS[test](text, argument)
-                          for test, argument in zip(row["tests"], arguments, strict=True))
+                          for test, argument in zip(entry["tests"], arguments, strict=True))
         if verdict:
             return verdict
     return verdict
@@ -1086,18 +1104,15 @@ class FBBench(Benchmark):
     """591 Chinese conversations with feedback. The weights are those the judge repeats, not the data's; points may be
     missing, added or reworded."""
 
-    name, title, json_mode = "fb-bench", "FB Bench", True
+    name, title, path, json_mode = "fb-bench", "FB Bench", "fb-bench/fb_bench_dataset_v3.json", True
+    fields = {"bench_type": str, "task_type": str, "user_query": str, "origin_first_response": str, "feedback": str,
+              "checklist": list}
 
-    def load(self, folder):
-        path, items = folder / "fb-bench" / "fb_bench_dataset_v3.json", []
-        for number, record in json_list(path, bench_type=str, task_type=str, user_query=str, feedback=str,
-                                        origin_first_response=str, checklist=list):
-            messages = [*from_user(record["user_query"]),
-                        {"role": "assistant", "content": record["origin_first_response"]},
-                        *from_user(record["feedback"])]
-            plan = [text for text, _ in checklist_of(record)]
-            items.append(make_item(number - 1, messages, "zh", record, questions=[None], plan=plan))
-        return items
+    def item(self, record, number, path):
+        messages = [*from_user(record["user_query"]),
+                    {"role": "assistant", "content": record["origin_first_response"]}, *from_user(record["feedback"])]
+        return make_item(number - 1, messages, "zh", record, questions=[None],
+                         plan=[text for text, _ in checklist_of(record)])
 
     def conversation(self, item, answer, question, replies):
         record, template = item.record, {}
@@ -1126,8 +1141,8 @@ class FBBench(Benchmark):
         part, cells = scored(sample), {}
         for cell, positions in positions_by(
                 (item.record["bench_type"], item.record["task_type"]) for item in part.items).items():
-            own = part.pick(positions)
-            cells[cell] = own.mean(own.values("score"))
+            members = part.pick(positions)
+            cells[cell] = members.mean(members.values("score"))
 
         def average(*scenarios):
             values = rounded(sample.mean_of([cells[cell] for cell in cells if cell[0] in scenarios]), 4)
@@ -1195,6 +1210,7 @@ class FollowBench(Benchmark):
     (compared exactly, nothing is stripped), the rest by a judge."""
 
     name, title = "followbench", "Follow Bench"
+    fields = {"example_id": int, "level": int, "instruction": str, "source": str, "category": str}
 
     def load(self, folder):
         items = []
@@ -1210,7 +1226,7 @@ class FollowBench(Benchmark):
 
     def load_file(self, path, language, part):
         steps, items = {}, []  # steps: example -> its instructions of level 0, 1, ..., as the judge is shown them
-        for _, record in json_list(path, example_id=int, level=int, instruction=str, source=str, category=str):
+        for _, record in self.read(path):
             example = record["example_id"]
             steps.setdefault(example, []).append(record["instruction"])
             if record["level"]:
@@ -1276,8 +1292,8 @@ class FollowBench(Benchmark):
         for rate, key in (("HSR", "hard"), ("SSR", "soft")):
             rates = []
             for level in range(1, 6):
-                own = sample.pick(levels.get(level, []))
-                rates.append(rounded(own.mean(own.values(key)) * 100, 2))
+                members = sample.pick(levels.get(level, []))
+                rates.append(rounded(members.mean(members.values(key)) * 100, 2))
             metrics[f"{name}.{rate}"] = rates
         streaks = [None] * len(sample.items)  # of an example, at its first level
         for positions in positions_by(item.group for item in sample.items).values():
@@ -1418,25 +1434,20 @@ class InfoBench(Benchmark):
     """500 English prompts with yes/no questions, one conversation with the judge per item. The first reply that
     cannot be read counts as no and ends the item; corrected: every question of every item is asked and counts."""
 
-    name, title = "infobench", "Info Bench"
+    name, title, path, is_jsonl = "infobench", "Info Bench", "infobench/InfoBench.json", True  # in spite of its name
+    fields = {"id": (str, int), "instruction": str, "input": str, "subset": str, "decomposed_questions": list}
 
-    def load(self, folder):
-        path, items = folder / "infobench" / "InfoBench.json", []
-        for number, record in rewards.json_lines(path):  # JSON Lines in spite of its name
-            checked(path, number, record, id=(str, int), instruction=str, input=str, subset=str,
-                    decomposed_questions=list)
-            prompt = f"{record['instruction']}\n{record['input']}" if record["input"] else record["instruction"]
-            questions = record["decomposed_questions"]
-            items.append(make_item(record["id"], prompt, "en", record, questions=list(range(len(questions))),
-                                   plan=questions))
-        return items
+    def item(self, record, number, path):
+        prompt = f"{record['instruction']}\n{record['input']}" if record["input"] else record["instruction"]
+        questions = record["decomposed_questions"]
+        return make_item(record["id"], prompt, "en", record, questions=list(range(len(questions))), plan=questions)
 
     def conversation(self, item, answer, question, replies):
         """Earlier questions with the judge's own replies, then this one. The instruction itself is not shown."""
-        source, given, mention = item.record["input"], "", ""
+        source, block, mention = item.record["input"], "", ""
         if source:
-            given, mention = f'\nGiven input:\n"{source}"\n', " and, where it matters, the given input"
-        messages = from_user(prompt_text("bench_infobench", input=given, given=mention, answer=answer,
+            block, mention = f'\nGiven input:\n"{source}"\n', " and, where it matters, the given input"
+        messages = from_user(prompt_text("bench_infobench", input=block, given=mention, answer=answer,
                                          question=item.plan[0]))
         for k in range(question):
             messages += [{"role": "assistant", "content": replies[k]}, *from_user(item.plan[k + 1])]
@@ -1459,9 +1470,11 @@ class InfoBench(Benchmark):
             if question in replies:
                 value = read_infobench(replies[question])
                 met.append(value is True)
-                judged, unparsable = judged + 1, unparsable + (value is None)
-                if value is None and protocol != "corrected":
-                    break
+                judged += 1
+                if value is None:
+                    unparsable += 1
+                    if protocol != "corrected":
+                        break
             elif protocol == "corrected":
                 met.append(False)
         return {"met": met, "judged": judged, "unparsable": unparsable}
@@ -1504,9 +1517,9 @@ class RecordFile(Benchmark):
         items = []
         for record in rewards.read_records(self.path):
             active = [c for c in record.get("constraints", []) if c["active"]]
-            asked = sum(c["kind"] == "judge" for c in active)
+            count = sum(c["kind"] == "judge" for c in active)
             items.append(make_item(record["id"], record["messages"], record.get("language", "en"), record,
-                                   questions=list(range(asked)), plan=[c["text"] for c in active]))
+                                   questions=list(range(count)), plan=[c["text"] for c in active]))
         return items
 
     def conversation(self, item, answer, question, replies):
@@ -1567,13 +1580,13 @@ def split_positions(items):
 
 def holding(item, answer, replies, check):
     """The verdicts on the active constraints; as in rewards.score one is false if what it depends on is."""
-    verdicts, asked = [], 0
+    verdicts, question = [], 0
     for constraint in item.record["constraints"]:
         if not constraint["active"]:
             passed = True  # the branch not taken: not checked, and nothing fails because of it
         elif constraint["kind"] == "judge":
-            passed = answer is not None and replies.get(asked) == "yes"
-            asked += 1
+            passed = answer is not None and replies.get(question) == "yes"
+            question += 1
         else:
             passed = answer is not None and check(constraint["id"], constraint["kwargs"], answer,
                                                   prompt=item.messages[-1]["content"])
@@ -1744,7 +1757,7 @@ def most_agreed(texts):
     Alike is the mean overlap (Dice) of character trigrams, so identical answers vote for one another; ties: the first.
     """
     grams = [character_grams(text, 3) if len(text) > 2 else Counter([text]) for text in texts]
-    likeness = [sum(dice(own, other) for other in grams) for own in grams]
+    likeness = [sum(dice(text, other) for other in grams) for text in grams]
     return likeness.index(max(likeness))
 
 
@@ -1760,8 +1773,8 @@ def answer_sr(writer, items):
     for _ in range(writer.cfg.refine_turns):
         if not unfinished:
             break
-        asked = [rewritten(items[n], "refine", answer=writer.answer(replies[n])) for n in unfinished]
-        better = writer.replies([items[n] for n in unfinished], "io", asked)
+        requests = [rewritten(items[n], "refine", answer=writer.answer(replies[n])) for n in unfinished]
+        better = writer.replies([items[n] for n in unfinished], "io", requests)
         changed = []
         for n, reply in zip(unfinished, better, strict=True):
             if not writer.answer(reply).strip().startswith("DONE"):
@@ -1966,7 +1979,7 @@ def model_thoughts(task, label, load):
 def read_rows(task):
     """Finished rows of a task's folder: {label: (settings, outputs in the order of the items)}."""
     rows, wanted = {}, {"benchmark": task.key, "max_new_tokens": task.cfg.max_new_tokens}
-    for settings_file in (Path(task.cfg.out) / "rows").glob("*.json"):
+    for settings_file in sorted((Path(task.cfg.out) / "rows").glob("*.json")):
         settings = json.loads(settings_file.read_text(encoding="utf-8"))
         outputs = {output["id"]: output for output in read_jsonl(settings_file.with_suffix(".jsonl"))}
         differs = [name for name in wanted if settings[name] != wanted[name]]
@@ -2147,15 +2160,17 @@ def judge_agreement(judge, path, limit=0):
     lines = spread(lines, limit or len(lines))
     verdicts = judge([(line["instruction"], line["answer"], line["question"]) for line in lines])
     lines = [{**line, "verdict": bool(verdict)} for line, verdict in zip(lines, verdicts, strict=True)]
-    label_N = np.array([line["label"] for line in lines])
-    verdict_N = np.array([line["verdict"] for line in lines])
-    said, meant, agreed = verdict_N.mean(), label_N.mean(), (verdict_N == label_N).mean()
-    chance = said * meant + (1 - said) * (1 - meant)
-    report = {"accuracy": agreed.item(), "precision": mean(label_N[verdict_N].tolist()),
-              "recall": mean(verdict_N[label_N].tolist()),
-              "kappa": None if chance == 1 else ((agreed - chance) / (1 - chance)).item(), "n": len(lines),
-              "labelled_yes": label_N.sum().item(), "judged_yes": verdict_N.sum().item(),
-              "unreadable": judge.unreadable}
+
+    def ratio(part, whole):
+        return part / whole if whole else None
+
+    n, counts = len(lines), Counter((line["label"], line["verdict"]) for line in lines)
+    labelled, judged = counts[True, True] + counts[True, False], counts[True, True] + counts[False, True]
+    accuracy = (counts[True, True] + counts[False, False]) / n
+    chance = (labelled * judged + (n - labelled) * (n - judged)) / n**2
+    report = {"accuracy": accuracy, "precision": ratio(counts[True, True], judged),
+              "recall": ratio(counts[True, True], labelled), "kappa": ratio(accuracy - chance, 1 - chance), "n": n,
+              "labelled_yes": labelled, "judged_yes": judged, "unreadable": judge.unreadable}
     return report, lines
 
 
@@ -2205,11 +2220,11 @@ def score_rows(task, judge):
     return scored_rows
 
 
-def known_lines(benchmark, path, items, **kinds):
+def known_lines(benchmark, path, items, **fields):
     """(line number, Item, line) for each line of a file whose ids are those of the benchmark."""
     known = {item.id: item for item in items}
     for number, line in rewards.json_lines(path):
-        checked(path, number, line, id=(str, int), **kinds)
+        checked(path, number, line, id=(str, int), **fields)
         if str(line["id"]) not in known:
             raise InputError(f"{path}:{number}: field 'id': {str(line['id'])!r} is not in {benchmark.name}; its ids "
                              f"look like {items[0].id!r}")
@@ -2322,13 +2337,19 @@ def figure_text(figure, sign=""):
     return shown(value, sign + ".1f") + interval
 
 
+def lines_of(columns):
+    """The lines of a table {column: {line: figure}}, in the order of their first occurrence."""
+    lines = {}
+    for column in columns.values():
+        lines |= dict.fromkeys(column)
+    return list(lines)
+
+
 def figure_table(corner, columns, sign=""):
     """A Markdown table of {column: {line: figure}}."""
-    labels = {}
-    for column in columns.values():
-        labels |= dict.fromkeys(column)
-    lines = [[label, *(figure_text(column.get(label), sign) for column in columns.values())] for label in labels]
-    return markdown_table([corner, *columns], lines)
+    table = [[line, *(figure_text(column.get(line), sign) for column in columns.values())]
+             for line in lines_of(columns)]
+    return markdown_table([corner, *columns], table)
 
 
 def row_pairs(labels):
@@ -2343,7 +2364,7 @@ def difference_section(columns, what):
         for pair, figure in column.items():
             unclear.setdefault(pair, [])
             if figure and figure["low"] is not None and figure["low"] <= 0 <= figure["high"]:
-                unclear[pair].append(title)
+                unclear[pair].append(title.partition(" (n=")[0])
     reading = {pair: f"the interval includes 0 ({', '.join(titles)}): no difference shown" if titles else "clear of 0"
                for pair, titles in unclear.items()}
     return [f"## Differences between rows\n\n{what}, in percentage points; paired by prompt.\n",
@@ -2444,28 +2465,33 @@ def chance_of(items):
             for split, positions in split_positions(items).items()}
 
 
-def record_columns(cells, name, counts):
-    """{split: {line: figure}} of a metric; cells: line -> split -> metric -> figure."""
-    return {f"{split} (n={counts[split]})": {line: cell[split] and cell[split].get(name)
-                                             for line, cell in cells.items()} for split in SPLITS}
+def record_columns(cells, counts, name=None):
+    """{split: {line: figure}}; cells: line -> split -> figure, or with `name` -> the figure of that metric."""
+    columns = {}
+    for split, n in counts.items():
+        columns[f"{split} (n={n})"] = {line: cell[split] and (cell[split].get(name) if name else cell[split])
+                                       for line, cell in cells.items()}
+    return columns
 
 
 def write_record_report(task, scored_rows):
     """report.json, report.md with tables, plots and ten fixed prompts, and what to print of a record file."""
-    cfg, folder, items = task.cfg, Path(task.cfg.out), task.items
+    cfg, items = task.cfg, task.items
     report = {"benchmarks": str(task.benchmark.path), "settings": asdict(cfg), **record_report(task, scored_rows)}
     counts = {split: len(positions) for split, positions in split_positions(items).items()}
     rows, lines = report["rows"], [(label, "records", row) for label, row in report["rows"].items()]
-    main = record_columns(rows, "all_strict", counts)
+    strict = record_columns(rows, counts, "all_strict")
     singles = {}
     for title, name in (("all met, loose", "all_loose"), ("per constraint", "each_strict"),
                         ("per constraint, loose", "each_loose")):
         singles[title] = {label: row["all"][name] for label, row in rows.items()}
-    differences = {pair: {split: {"all_strict": figure} for split, figure in figures.items()}
-                   for pair, figures in report["differences"].items()}
-    kinds = [[kind, row.pop("n"), *(shown(100 * share) for share in row.values())]
-             for kind, row in kinds_met(scored_rows).items()]
-    plot_figures(folder / "rows.png", main, "all constraints met, strict (%)")
+    kinds = [[kind, shares["n"], *(shown(100 * shares[label]) for label in scored_rows)]
+             for kind, shares in report["kinds"].items()]
+    plot_figures(Path(cfg.out) / "rows.png", strict, "all constraints met, strict (%)")
+    for label, row in rows.items():
+        lift = f", lift {figure_text(row['all']['lift'], '+')}" if "lift" in row["all"] else ""
+        print(f"{label:8} all constraints met {figure_text(row['all']['all_strict'])} %{lift}  "
+              f"({row['seconds']:.0f} s)")
     write_report(cfg, report, [
         "# Evaluation\n",
         f"{counts['all']} prompts of `{task.benchmark.path}`; `ood`: those marked as out of distribution. "
@@ -2473,9 +2499,9 @@ def write_record_report(task, scored_rows):
         f"bootstrap intervals over prompts ({cfg.resamples} resamples); differences are paired by prompt.\n",
         "## Constraints met\n\nShare of prompts with all constraints met (strict, unless it says loose), and share of "
         "single constraints met, over all prompts; in percent.\n",
-        figure_table("row", main | singles),
+        figure_table("row", strict | singles),
         *lift_section(rows, report["chance"], counts),
-        *difference_section(record_columns(differences, "all_strict", counts), "All constraints met, strict"),
+        *difference_section(record_columns(report["differences"], counts), "All constraints met, strict"),
         *cost_section(lines),
         f"Perplexity: of the answer after the plain request under {cfg.base_model}, on "
         f"{min(cfg.perplexity_items, len(items))} prompts, the same in every row.\n",
@@ -2484,17 +2510,13 @@ def write_record_report(task, scored_rows):
         markdown_table(["kind", "n", *scored_rows], kinds),
         *difficulty_section(report), "![rows.png](rows.png)\n", *plot_training(cfg),
         "## Ten prompts, all rows\n", *prompt_tables(items, scored_rows)])
-    for label, row in rows.items():
-        lift = f", lift {figure_text(row['all']['lift'], '+')}" if "lift" in row["all"] else ""
-        print(f"{label:8} all constraints met {figure_text(row['all']['all_strict'])} %{lift}  "
-              f"({row['seconds']:.0f} s)")
 
 
 def lift_section(rows, chance, counts):
     """The lift over chance, where every record has one."""
     if chance["all"] is None:
         return []
-    columns = record_columns(rows, "lift", counts)
+    columns = record_columns(rows, counts, "lift")
     for column, share in zip(columns.values(), chance.values(), strict=True):
         column["chance, percent"] = None if share is None else shown(100 * share)
     return ["## Lift over chance\n\nAll constraints met, strict, minus chance: the share of 20 answers of the base "
@@ -2576,9 +2598,11 @@ def write_benchmark_report(cfg, scored_tasks):
     kinds = {label: cell["kinds"] for label, cell in report["benchmarks"].get("ifeval", {}).items()}
     plot_figures(Path(cfg.out) / "benchmarks.png", columns, f"headline, {cfg.protocol} (%)", kinds)
     average = {}
-    for label, _, _ in lines:
+    for label in lines_of(columns):
         value = average_headline([cells.get(label) for cells in report["benchmarks"].values()])
         average[label] = shown(value)
+    for label, name, cell in lines:
+        print(f"{name:12} {label:8} {figure_text(figure_of(cell))}  ({cell['seconds']:.0f} s)")
     write_report(cfg, report, [
         "# Benchmarks\n", f"Protocol: {report['protocol']}. Headline of each benchmark in percent, in brackets its "
         f"95 % percentile-bootstrap interval over items ({cfg.resamples} resamples). Thought and tags are removed "
@@ -2586,22 +2610,20 @@ def write_benchmark_report(cfg, scored_tasks):
         figure_table("row", columns | {"Avg.": average}),
         *difference_section(differences, "Headlines"), *cost_section(lines), *notes_of(lines),
         "![benchmarks](benchmarks.png)\n"])
-    for label, name, cell in lines:
-        print(f"{name:12} {label:8} {figure_text(figure_of(cell))}  ({cell['seconds']:.0f} s)")
 
 
 # ---------------------------------------------------------------- plots
 
 
 def plot_figures(path, columns, ylabel, kinds=None):
-    """Bars of {column: {row: figure}} with 95 % intervals; a column that lacks a figure is left out.
+    """Bars of {column: {row: figure}} with 95 % intervals; a figure that is missing leaves a gap.
 
     kinds, {row: {constraint type: share met}}: a heat map below.
     """
     plt = pyplot()
-    series = {title: [in_percent(figure) for figure in column.values()] for title, column in columns.items()
-              if None not in column.values()}
-    labels = list(next(iter(columns.values())))
+    labels = lines_of(columns)
+    series = {title: [in_percent(column.get(label) or {}) for label in labels] for title, column in columns.items()
+              if any(column.values())}
     fig, axes = plt.subplots(2 if kinds else 1, figsize=(max(6, 1.5 + 1.4 * len(labels)), 7 if kinds else 3.6),
                              layout="constrained", squeeze=False)
     width = 0.8 / max(1, len(series))
@@ -2727,7 +2749,8 @@ def paper_table(cfg):
         ours = {(label,): table_figures(cfg.table, columns, cells[model, label]) for model, label in cells}
     else:
         head = ["model", "method"]
-        printed = {(model, label): figures for model, methods in rows.items() for label, figures in methods.items()}
+        for model, methods in rows.items():
+            printed |= {(model, label): figures for label, figures in methods.items()}
         ours = {titles: table_figures(cfg.table, columns, cells[titles]) for titles in cells}
     anomalies = {}  # figures of Table 1 that the paper itself contradicts
     if cfg.table == "1":

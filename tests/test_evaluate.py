@@ -385,10 +385,11 @@ def test_judged_constraints_of_a_record_file_are_asked(fakes, tmp_path, monkeypa
 
 def test_blank_and_refused_answers_meet_no_judged_constraint(fakes, tmp_path, monkeypatch):
     question = {"kind": "judge", "question": "Kind?", "text": "Be kind.", "depends_on": [], "active": True}
-    write(tmp_path / "judge.jsonl", [record(f"r{k}", [TEA]) | {"constraints": [question]} for k in range(3)])
-    turns = {0: "<think>plan</think><answer></answer>", 1: " ", 2: "hot tea"}
+    write(tmp_path / "judge.jsonl", [record(f"r{k}", [TEA]) | {"constraints": [question]} for k in range(4)])
+    turns = [("<think>plan</think><answer></answer>", "stop"), (" ", "stop"), ("hot tea", "stop"),
+             ("too long", "refused")]
     monkeypatch.setattr(FakeEngine, "answer", lambda self, prompt: Completion(
-        [1], turns[int(re.search(r"\(r(\d)\)", prompt)[1])], "stop", None))
+        [1], *turns[int(re.search(r"\(r(\d)\)", prompt)[1])], None))
     asked = []
 
     def judge(items):
@@ -398,7 +399,8 @@ def test_blank_and_refused_answers_meet_no_judged_constraint(fakes, tmp_path, mo
     monkeypatch.setattr(evaluate, "make_judge", lambda *args, **more: judge)
     main(["--benchmarks", "judge.jsonl", "--method", "io", "--judge", "some", "--perplexity-items", "0"])
     report = json.loads((tmp_path / "runs/evaluate/report.json").read_text())
-    assert report["rows"]["I/O"]["all"]["all_strict"]["share"] == pytest.approx(1 / 3)
+    assert report["rows"]["I/O"]["all"]["all_strict"]["share"] == 0.25
+    assert report["rows"]["I/O"]["n"] == {"asked": 4, "answered": 1, "judged": 1, "unparsable": 0}
     assert [answer for _, answer, _ in asked] == ["hot tea"]
 
 
