@@ -1683,8 +1683,11 @@ def with_trigger(messages, language):
 
 
 def served_turn(completion):
-    """The whole assistant turn of a served model: the thought that its server sends apart is put back in front."""
-    if not completion.reasoning:
+    """The whole assistant turn of a served model: the thought that its server sends apart is put back in front.
+
+    Of a refused request `reasoning` is the server's error, not a thought.
+    """
+    if not completion.reasoning or completion.finish_reason == "refused":
         return completion.text
     return f"<think>\n{completion.reasoning.strip()}\n</think>\n{completion.text}"
 

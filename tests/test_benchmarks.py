@@ -616,8 +616,8 @@ def test_refused_answers_are_not_judged_and_changed_ones_are_judged_again(fakes,
             pass
 
         def chat(self, conversations, **_):
-            texts = ["", "Dear all"]
-            return [[Completion([], text, "stop" if text else "refused", None)] for text in texts]
+            refused = Completion([], "", "refused", None, reasoning="400: the prompt is too long")
+            return [[refused], [Completion([], "Dear all", "stop", None)]]
 
     monkeypatch.setattr(evaluate, "Endpoint", Served)
     fakes["judge"] = FakeEngine("judge")
@@ -625,6 +625,7 @@ def test_refused_answers_are_not_judged_and_changed_ones_are_judged_again(fakes,
     evaluate.main(run)
     assert len(fakes["judge"].asked) == 2 and all("Dear all" in prompt for prompt in fakes["judge"].asked)
     path = Path("runs/benchmarks/infobench/rows/I-O.jsonl")
+    assert [json.loads(line)["thought"] for line in path.open()] == ["", ""]  # a server's error is no thought
     evaluate.main(run)
     assert len(fakes["judge"].asked) == 2
     path.write_text(path.read_text("utf-8").replace("Dear all", "Dear none"), "utf-8")
@@ -805,6 +806,9 @@ def test_a_trained_row_is_listed_under_its_own_base_model(fakes, capsys):
     run("runs/seed1/model", "Ours", "Qwen2.5-1.5B-Instruct", "runs/b")
     with pytest.raises(InputError, match="runs/a and runs/b both hold ifeval of row 'Ours'.*--label"):
         evaluate.main(["--table", "1", "--runs", "runs/a,runs/b"])
+    run("runs/grpo/model", "Ours", "Qwen2.5-7B-Instruct", "runs/a")  # the base model put right: nothing else changes
+    assert json.loads(Path("runs/a/ifeval/rows/Ours.json").read_text())["base_model"] == "Qwen/Qwen2.5-7B-Instruct"
+    assert len(fakes["runs/grpo/model"].asked) == 4
 
 
 def test_a_judge_is_needed(fakes):
