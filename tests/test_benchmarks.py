@@ -7,6 +7,7 @@ others use small cases written for this project and always run.
 import gzip
 import io
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +18,10 @@ from evaluate import (
     BENCHMARKS,
     cfbench_points,
     complexbench_rule,
+    make_item,
     read_infobench,
     read_levels,
     read_yes,
-    score_answers,
     span_list,
 )
 from model import Completion, Prompt
@@ -34,7 +35,12 @@ def rows_of(path):
 
 
 def items_of(name, folder):
-    return {item["id"]: item for item in BENCHMARKS[name].load(folder)}
+    return {item.id: item for item in BENCHMARKS[name].load(folder)}
+
+
+def score(name, triples):
+    """(metrics, verdicts) by the authors' own protocol."""
+    return evaluate.score_answers(BENCHMARKS[name], triples, "official")[:2]
 
 
 @pytest.fixture
@@ -52,9 +58,8 @@ def files(shared):
 
 def test_ifeval_gpt4_strict_and_loose(cases, files):
     items, rows = items_of("ifeval", files), rows_of(cases / "ifeval" / "verdicts_gpt4.jsonl.gz")
-    metrics, judged = score_answers("ifeval", [(items[str(row["key"])], row["response"], {}) for row in rows],
-                                    "official")
-    for row, (_, verdict) in zip(rows, judged, strict=True):
+    metrics, verdicts = score("ifeval", [(items[str(row["key"])], row["response"], {}) for row in rows])
+    for row, verdict in zip(rows, verdicts, strict=True):
         stable = [name not in row["unstable"] for name in row["instruction_id_list"]]
         for mode in ("strict", "loose"):
             pairs = zip(verdict[mode], row[mode], stable, strict=True)
@@ -67,9 +72,8 @@ def test_ifeval_gpt4_strict_and_loose(cases, files):
 @pytest.mark.parametrize("model", ["chatgpt", "moss", "qwenlm"])
 def test_cello_scores_and_averages(cases, files, model):
     items, rows = items_of("cello", files), rows_of(cases / "cello" / f"{model}.jsonl.gz")
-    metrics, judged = score_answers("cello", [(items[row["Instruction_id"]], row["model_answer"], {}) for row in rows],
-                                    "official")
-    for row, (_, verdict) in zip(rows, judged, strict=True):
+    metrics, verdicts = score("cello", [(items[row["Instruction_id"]], row["model_answer"], {}) for row in rows])
+    for row, verdict in zip(rows, verdicts, strict=True):
         given = row["scores"] if isinstance(row["scores"], list) else [
             row["scores"][name] for name in ("format_score", "input_score", "task_score", "count_limit_score")]
         assert verdict["scores"] == [pytest.approx(score, abs=1e-9) if score is not None else None for score in given]
@@ -82,11 +86,12 @@ def test_cello_scores_and_averages(cases, files, model):
 
 def test_cfbench_parser_cases(cases):
     for case in rows_of(cases / "cfbench" / "parser_cases.jsonl"):
-        expected, item = case["expected"], {"row": {"criteria": case["criteria"]}}
-        points = cfbench_points(case["judge_response"], [entry[0] for entry in case["criteria"]])
+        expected, plan = case["expected"], [criterion[0] for criterion in case["criteria"]]
+        item = make_item(0, "x", "zh", {"criteria": case["criteria"]}, plan=plan)
+        points = cfbench_points(case["judge_response"], plan)
         assert points == (expected["strict_parse"] and [float(score) for score in expected["strict_parse"]])
         if expected["final"]:
-            verdict = evaluate.cfbench_verdict(item, "x", {None: case["judge_response"]}, "official")
+            verdict = BENCHMARKS["cfbench"].verdict(item, "x", {None: case["judge_response"]}, "official")
             assert {key: verdict[key] for key in ("CSR", "ISR", "PSR")} == {
                 key: expected["final"][key] for key in ("CSR", "ISR", "PSR")}, case
             assert verdict["unparsable"] == (expected["final"]["judge_parsing"] != "1")
@@ -97,9 +102,9 @@ def test_cfbench_published_judgements(cases, files):
     recomputed = json.loads((cases / "cfbench" / "recomputed_scores.json").read_text("utf-8"))
     for path in sorted((cases / "cfbench").glob("*_eval.json")):
         rows = json.loads(path.read_text("utf-8"))
-        metrics, judged = score_answers("cfbench", [
-            (items[str(row["idx"])], row["response"], {None: row["judge_response"]}) for row in rows], "official")
-        for row, (_, verdict) in zip(rows, judged, strict=True):
+        metrics, verdicts = score("cfbench", [
+            (items[str(row["idx"])], row["response"], {None: row["judge_response"]}) for row in rows])
+        for row, verdict in zip(rows, verdicts, strict=True):
             assert {key: verdict[key] for key in row["judge_metric"]} == row["judge_metric"]
         expected = recomputed[path.name.removesuffix("_eval.json")]
         assert {key: metrics[key] for key in expected if key != "name"} == {
@@ -123,9 +128,9 @@ def test_complexbench_aggregation(cases):
     scored = []
     for row in rows:
         replies = {k: "答案：是" if met else "答案：否" for k, met in enumerate(row["point_judges"])}
-        scored.append(({"row": row, "group": row["group"], "questions": []}, "x", replies))
-    metrics, judged = score_answers("complexbench", scored, "official")
-    assert [verdict["met"] for _, verdict in judged] == [row["point_judges_rely"] for row in rows]
+        scored.append((make_item(len(scored), "x", "zh", row, group=row["group"]), "x", replies))
+    metrics, verdicts = score("complexbench", scored)
+    assert [verdict["met"] for verdict in verdicts] == [row["point_judges_rely"] for row in rows]
     assert metrics["drfr"] == pytest.approx(expected["overall_drfr"], abs=1e-12)
     assert {key: metrics[key] for key in expected["categorized_drfr"]} == pytest.approx(expected["categorized_drfr"])
     assert {key: metrics[key] for key in expected["categorized_avg_drfr"]} == pytest.approx(
@@ -144,8 +149,8 @@ def test_fbbench_nine_models(cases, files):
         rows = rows_of(cases / "fb-bench" / "judgments" / f"{model}.jsonl.gz")
         scored = [(items[str(row["dataset_index"])], "x", {None: json.dumps(row["judgement"], ensure_ascii=False)})
                   for row in rows]
-        metrics, judged = score_answers("fb-bench", scored, "official")
-        assert [verdict["score"] for _, verdict in judged] == pytest.approx([row["score"] for row in rows])
+        metrics, verdicts = score("fb-bench", scored)
+        assert [verdict["score"] for verdict in verdicts] == pytest.approx([row["score"] for row in rows])
         assert {key: metrics[key] for key in scores} == scores, model
 
 
@@ -153,8 +158,8 @@ def test_followbench_rule_cases(cases, files):
     items = items_of("followbench", files)
     for case in rows_of(cases / "followbench" / "rule_cases_en.jsonl.gz"):
         item = items[f"{case['lang']}/{case['constraint_type']}/{case['example_id']}/{case['level']}"]
-        assert not item["questions"]
-        verdict = evaluate.followbench_verdict(item, case["generation"], {}, "official")
+        assert not item.questions
+        verdict = BENCHMARKS["followbench"].verdict(item, case["generation"], {}, "official")
         assert bool(verdict["hard"]) == case["expected"], case
 
 
@@ -170,9 +175,9 @@ def test_followbench_judge_replies_and_tables(cases, files, language):
                 replies[f"{language}/{kind}/{row['example_id']}/{row['level']}"] = {None: row["judge_reply"]}
         for row in rows_of(cases / "followbench" / f"run_{language}_modelA_{kind}_generations.jsonl.gz"):
             key = f"{language}/{kind}/{row['example_id']}/{row['level']}"
-            assert bool(items[key]["questions"]) == (key in replies)
+            assert bool(items[key].questions) == (key in replies)
             rows.append((items[key], row["generation"], replies.get(key, {})))
-    metrics, _ = score_answers("followbench", rows, "official")
+    metrics, _ = score("followbench", rows)
     tables = json.loads((cases / "followbench" / f"run_{language}_expected_tables.json").read_text("utf-8"))
     for name, (_, (_, *cells)) in tables.items():
         kind, what = name.removesuffix(".csv").split("_", 1)
@@ -190,15 +195,15 @@ def test_infobench_order_of_turns(cases, files):
     items = list(items_of("infobench", files).values())
     shapes = [[turn["role"] for turn in case["turns"]]
               for case in rows_of(cases / "infobench" / "conversation_shape.jsonl")]
-    for item in (next(item for item in items if bool(item["row"]["input"]) == given) for given in (True, False)):
-        replies = dict.fromkeys(item["questions"], "YES")
-        for k in item["questions"]:
-            turns = evaluate.ask_infobench(item, "some text", k, replies)
+    for item in (next(item for item in items if bool(item.record["input"]) == given) for given in (True, False)):
+        replies = dict.fromkeys(item.questions, "YES")
+        for k in item.questions:
+            turns = BENCHMARKS["infobench"].conversation(item, "some text", k, replies)
             assert [turn["role"] for turn in turns] in shapes or k > 3
-            assert "some text" in turns[0]["content"] and item["plan"][0] in turns[0]["content"]
-            assert (item["row"]["input"] in turns[0]["content"]) and item["row"]["instruction"] not in str(turns)
+            assert "some text" in turns[0]["content"] and item.plan[0] in turns[0]["content"]
+            assert (item.record["input"] in turns[0]["content"]) and item.record["instruction"] not in str(turns)
             assert [turn["content"] for turn in turns[1:]] == [
-                text for question in item["plan"][1 : k + 1] for text in ("YES", question)]
+                text for question in item.plan[1 : k + 1] for text in ("YES", question)]
 
 
 # ------------------------------------------------------------------------------------------------ own cases
@@ -237,6 +242,12 @@ def test_ifeval_own(tmp_path, capsys):
     assert (result["prompt_strict"], result["prompt_loose"], result["headline"]) == (0, 0, 0)
 
 
+def test_ifeval_headline_is_strict_but_loose_in_the_papers_table(tmp_path, capsys):
+    rows = answers(_3="- Nile\n- Rhine\n- Po\n- Done")  # without its last line three bullets are left
+    for protocol, headline in (("official", 0), ("corrected", 0), ("raif", 100)):
+        assert score_own(tmp_path, capsys, "ifeval", rows, None, "--protocol", protocol)["headline"] == headline
+
+
 def test_cello_own(tmp_path, capsys):
     ids = [key * 8 for key in ("e1a2b3c4", "b1b2b3b4", "c1d2c3d4")]
     texts = ["{'时间': '三点', '地点': '图书馆'}", "周末爬山1 2 3 4 6", "茶" * 60]
@@ -251,6 +262,19 @@ def test_cello_own(tmp_path, capsys):
     repeated = score_own(tmp_path, capsys, "cello", rows)
     assert repeated["n"]["asked"] == 5 and repeated["n"]["answered"] == 3
     assert repeated["tasks"]["extraction"] == pytest.approx((1 / 3 + 0.33 + 0 + 0) / 4, abs=0.05)
+
+
+def test_cello_counts_chinese_sentences_in_linear_time(tmp_path, capsys):
+    (tmp_path / "cello").mkdir()
+    record = {"Instruction": "写", "Instruction_id": "a", "lang": "ch", "histories": [], "Answer_format": [],
+              "Task_prescribed_phrases": [], "Input_depdent_query": [],
+              "Count_limit": [{"criterion": "sentence-min", "limit": 4}]}
+    (tmp_path / "cello" / "closed_qa.json").write_text(json.dumps([record]), "utf-8")
+    began = time.perf_counter()
+    for text, score in (("一。。二！三\n尾", 0.75), ("茶" * 50_000, 0)):
+        result = score_own(tmp_path, capsys, "cello", answers(a=text), None, "--benchmark-dir", str(tmp_path))
+        assert result["tasks"]["closed_qa"] == score
+    assert time.perf_counter() - began < 5
 
 
 @pytest.mark.parametrize("protocol, csr, psr", [("official", 1.0, 1.0), ("corrected", 0.67, 0.0)])
@@ -269,6 +293,23 @@ def test_cfbench_primary_point_decides(tmp_path, capsys):
     assert (result["CSR_hard"], result["ISR_hard"], result["PSR_hard"]) == (0.75, 0, 0)
     assert (result["CSR"], result["CSR_easy"]) == (0.38, 0)  # no answer and no judgement: 0
     assert result["headline"] == pytest.approx(100 * 0.38 / 3)
+
+
+@pytest.mark.parametrize("priorities, scores, psr", [
+    (["次需"] * 5, [1, 1, 1, 1, 0], 0),  # CSR 0.8 is not above 0.8
+    (["次需"] * 6, [1, 1, 1, 1, 1, 0], 1),
+    (["主需"] + ["次需"] * 5, [1, 1, 1, 1, 0, 0], 0),  # 0.5 + 0.5 x 0.6 is not above 0.8
+    (["主需"] + ["次需"] * 3, [1, 1, 1, 0], 1),
+])
+def test_cfbench_psr_is_above_its_threshold_not_at_it(tmp_path, capsys, priorities, scores, psr):
+    (tmp_path / "cfbench").mkdir()
+    criteria = [[f"第{k}点", priority, "", ""] for k, priority in enumerate(priorities)]
+    record = {"idx": 0, "prompt": "写", "gold": "", "split": "easy", "criteria": criteria}
+    (tmp_path / "cfbench" / "cfbench_data.json").write_text(json.dumps([record]), "utf-8")
+    reply = "\n\n".join(f"第{k}点\t{score}" for k, score in enumerate(scores))
+    result = score_own(tmp_path, capsys, "cfbench", answers(_0="x"), [{"id": 0, "question": None, "reply": reply}],
+                       "--benchmark-dir", str(tmp_path))
+    assert (result["PSR"], result["n"]["unparsable"]) == (psr, 0)
 
 
 def test_complexbench_own(tmp_path, capsys):
@@ -321,6 +362,14 @@ def test_fbbench_own(tmp_path, capsys):
     assert corrected["error_correction"] == 30
 
 
+def test_fbbench_weights_may_not_exceed_one_together(tmp_path, capsys):
+    for weight, unparsable in ((0.5, 0), (0.6, 1)):
+        reply = json.dumps({"a": point(True, weight), "b": point(True, weight)})
+        judgements = [{"id": 0, "question": None, "reply": reply}]
+        result = score_own(tmp_path, capsys, "fb-bench", answers(_0="144"), judgements)
+        assert result["n"]["unparsable"] == unparsable
+
+
 def test_followbench_own(tmp_path, capsys):
     rows = [{"id": f"en/content/1/{level}", "response": "…"} for level in range(1, 6)]
     rows += [{"id": f"en/content/2/{level}", "response": "name[The Blue Cup], eatType[cafe]" + "." * (level > 2)}
@@ -334,6 +383,9 @@ def test_followbench_own(tmp_path, capsys):
     assert result["en.content.CSL"] == 1.5 and result["en.example.HSR"] == [100, 100, 0, 0, 0]
     assert result["zh.mixed.HSR"] == [100] * 5 and result["zh.mixed.CSL"] == 5 and result["zh.style.HSR"] is None
     assert result["n"] == {"asked": 20, "answered": 17, "judged": 5, "unparsable": 2}
+    raif = score_own(tmp_path, capsys, "followbench", rows, judgements, "--protocol", "raif")
+    six = [100 * 1.5 / 3.68, 20, 25, 100 * 5 / 3.68, 100, 100]  # English and Chinese: CSL / 3.68, HSR, SSR
+    assert raif["headline"] == pytest.approx(sum(six) / 6)
     corrected = score_own(tmp_path, capsys, "followbench", rows, judgements, "--protocol", "corrected")
     assert corrected["en.content.HSR"] == [100, 50, 0, 50, 0]
 
@@ -372,7 +424,7 @@ def test_infobench_replies_own(text, read):
     ("ifeval", answers(_1="x") * 2, None, "responses.jsonl:2: field 'id'"),
     ("cfbench", answers(_0="x"), None, "--judgements"),
     ("cfbench", answers(_0="x"), [{"id": 0, "question": 1, "reply": "x"}], "judgements.jsonl:1: field 'question'"),
-    ("infobench", answers(own_task_1="x"), [{"id": "own_task_1", "question": 3, "reply": "x"}], "from 0 to 2"),
+    ("infobench", answers(own_task_1="x"), [{"id": "own_task_1", "question": 3, "reply": "x"}], "are [0, 1, 2]"),
     ("infobench", answers(own_task_1="x"), [{"id": "own_task_1", "question": 0}], "field 'reply'"),
     ("nobench", answers(_1="x"), None, "--score nobench"),
 ])
@@ -397,7 +449,7 @@ class FakeEngine:
     in one form that FollowBench, InFoBench and ComplexBench can read and CFBench and FB-Bench cannot."""
 
     def __init__(self, name):
-        self.name, self.asked, self.fail_after = name, [], None
+        self.name, self.asked, self.fail_after, self.settings = name, [], None, []
 
     def wake(self):
         pass
@@ -406,6 +458,7 @@ class FakeEngine:
         assert model.name == self.name
 
     def generate(self, prompts, *, n, max_tokens, temperature, seeds, stop=(), progress=None):
+        self.settings += [(n, temperature, seed) for seed in seeds]
         if self.fail_after is not None and len(self.asked) >= self.fail_after:
             raise RuntimeError("killed")
         self.asked += [bytes(ids).decode() for ids in prompts]
@@ -467,7 +520,8 @@ def test_all_seven_end_to_end_killed_and_resumed(fakes, capsys):
     assert list(report) == ALL.split(",")
     cells = {name: rows["CoT"] for name, rows in report.items()}
     assert cells["cfbench"]["n"] == {"asked": 2, "answered": 2, "judged": 2, "unparsable": 2}
-    assert len([prompt for prompt in fakes["judge"].asked if "检查员" in prompt]) == 2 * 3  # asked again, three times
+    # CFBench's two replies cannot be read: asked three times, and once more so after the kill.
+    assert len([prompt for prompt in fakes["judge"].asked if "检查员" in prompt]) == 2 * 3 * 2
     assert cells["infobench"]["drfr"] == 1 and cells["infobench"]["n"]["judged"] == 5
     assert cells["followbench"]["en.content.HSR"][0] == 50 and cells["followbench"]["zh.style.CSL"] == 5
     assert cells["complexbench"]["n"]["judged"] == 20 and cells["fb-bench"]["n"]["unparsable"] == 3
@@ -476,9 +530,11 @@ def test_all_seven_end_to_end_killed_and_resumed(fakes, capsys):
     assert len(spans) == 20  # killed half-way through these; none is asked twice
     second = next(prompt for prompt in fakes["judge"].asked if prompt.endswith("Does it have two lines?"))
     assert " / YES 答案：是 / Does it have two lines?" in second  # the judge's own reply is kept in the conversation
-    calls = [len(engine.asked) for engine in fakes.values()]
+    answered, judged = len(fakes["m"].asked), len(fakes["judge"].asked)
     evaluate.main(["--benchmarks", ALL, "--method", "cot", *FLAGS])
-    assert [len(engine.asked) for engine in fakes.values()] == calls
+    assert len(fakes["m"].asked) == answered
+    again = fakes["judge"].asked[judged:]  # only what could not be read: two replies of CFBench, three of FB-Bench
+    assert len(again) == 3 * (2 + 3) and all("检查" in prompt for prompt in again)
     text = Path("runs/benchmarks/report.md").read_text("utf-8")
     assert "| Complex Bench |" in text and "not the 734-item set" in text
     assert Path("runs/benchmarks/benchmarks.png").exists()
@@ -511,6 +567,72 @@ def test_methods_sc_sr_od_and_thought_model(fakes):
         evaluate.main(["--benchmarks", "ifeval", *FLAGS, "--method", "od"])
 
 
+def test_self_consistency_draws_each_prompts_samples_from_its_own_seed(fakes):
+    evaluate.main(["--benchmarks", "infobench", *FLAGS, "--method", "sc", "--samples", "3", "--seed", "5"])
+    seeds = [evaluate.record_seed(5, 0, key) for key in ("own_task_1", "own_task_2")]
+    assert fakes["m"].settings == [(3, 1.0, seed) for seed in seeds] and seeds[0] != seeds[1]
+
+
+def test_self_refine_asks_at_most_so_many_times(fakes, monkeypatch):
+    monkeypatch.setattr(FakeEngine, "answer", lambda self, prompt, k: Completion([1], "YES 答案：是", "stop", None))
+    evaluate.main(["--benchmarks", "infobench", *FLAGS, "--method", "sr", "--refine-turns", "2"])
+    assert len(fakes["m"].asked) == 2 * (1 + 2)  # two prompts; a first answer and two improvements each
+    assert sum("DONE" in prompt for prompt in fakes["m"].asked) == 4
+
+
+def test_a_cut_thought_marks_the_answer_as_truncated(fakes):
+    class ShortThoughts(FakeEngine):
+        def answer(self, prompt, k):
+            return Completion([1], "plan", "length" if prompt.startswith("cot") else "stop", None)
+
+    fakes["m"] = ShortThoughts("m")
+    evaluate.main(["--benchmarks", "infobench", *FLAGS, "--method", "sdc"])
+    rows = [json.loads(line) for line in Path("runs/benchmarks/infobench/rows/SDC.jsonl").open()]
+    assert [row["truncated"] for row in rows] == [True, True]
+
+
+def test_a_reply_that_cannot_be_read_is_asked_again_warmer(fakes):
+    evaluate.main(["--benchmarks", "cfbench", *FLAGS, "--method", "io", "--judge-tries", "3"])
+    assert fakes["judge"].settings == [(1, 0.0, 0)] * 2 + [(1, 0.5, 1)] * 2 + [(1, 0.5, 2)] * 2
+
+
+def test_an_example_drawn_twice_counts_twice(fakes, tmp_path):
+    (tmp_path / "followbench" / "data").mkdir(parents=True)
+    records = [{"example_id": example, "level": level, "instruction": f"Say {example}, {level}.", "source": "own",
+                "category": "example", "target": "{answer}" if example == 0 else "no"}
+               for example in range(4) for level in range(1, 6)]
+    path = tmp_path / "followbench" / "data" / "example_constraints.json"
+    path.write_text(json.dumps(records), "utf-8")
+    evaluate.main(["--benchmarks", "followbench", "--benchmark-dir", str(tmp_path), "--model", "m", "--method", "io",
+                   "--resamples", "1000"])
+    report = json.loads(Path("runs/benchmarks/report.json").read_text("utf-8"))
+    cell = report["benchmarks"]["followbench"]["I/O"]
+    assert cell["en.example.CSL"] == 1.2 and cell["intervals"]["en.example.CSL"] == [0.0, 3.8]  # 15/4: thrice of four
+
+
+def test_refused_answers_are_not_judged_and_changed_ones_are_judged_again(fakes, monkeypatch):
+    class Served:
+        def __init__(self, url, name, **_):
+            pass
+
+        def chat(self, conversations, **_):
+            refused = Completion([], "", "refused", None, reasoning="400: the prompt is too long")
+            return [[refused], [Completion([], "Dear all", "stop", None)]]
+
+    monkeypatch.setattr(evaluate, "Endpoint", Served)
+    fakes["judge"] = FakeEngine("judge")
+    run = ["--benchmarks", "infobench", *FLAGS, "--model", "m@http://u", "--method", "io"]
+    evaluate.main(run)
+    assert len(fakes["judge"].asked) == 2 and all("Dear all" in prompt for prompt in fakes["judge"].asked)
+    path = Path("runs/benchmarks/infobench/rows/I-O.jsonl")
+    assert [json.loads(line)["thought"] for line in path.open()] == ["", ""]  # a server's error is no thought
+    evaluate.main(run)
+    assert len(fakes["judge"].asked) == 2
+    path.write_text(path.read_text("utf-8").replace("Dear all", "Dear none"), "utf-8")
+    evaluate.main(run)
+    assert len(fakes["judge"].asked) == 4 and all("Dear none" in prompt for prompt in fakes["judge"].asked[2:])
+
+
 def test_served_model_and_served_judge(fakes, monkeypatch):
     talks, json_mode = [], []
 
@@ -532,6 +654,161 @@ def test_served_model_and_served_judge(fakes, monkeypatch):
     assert (cell["drfr"], cell["thought_tokens"], cell["answer_tokens"]) == (1, 2, 3) and not fakes
     assert [messages[0]["role"] for name, messages in talks if name == "m"] == ["system"] * 2
     assert "the trigger alone" in Path("runs/benchmarks/report.md").read_text("utf-8")
+
+
+def cell_of(name, label="I/O"):
+    report = json.loads(Path("runs/benchmarks/report.json").read_text("utf-8"))
+    return report["benchmarks"][name][label]
+
+
+@pytest.fixture
+def talks(monkeypatch):
+    """What the judge and the served model m were asked: (name, messages, settings); `reply` says what they answer."""
+    class Talks(list):
+        def reply(self, name, messages, settings):
+            return Completion([], "YES" if name == "judge" else "Dear all", "stop", None)
+
+        def chat_of(self, name):
+            def chat(conversations, **settings):
+                self.extend((name, messages, settings) for messages in conversations)
+                return [[self.reply(name, messages, settings)] for messages in conversations]
+
+            return SimpleNamespace(chat=chat)
+
+    talks = Talks()
+    monkeypatch.setattr(evaluate, "open_chat", lambda name, **_: talks.chat_of(evaluate.split_address(name)[0]))
+
+    class Served:
+        def __init__(self, url, name, **_):
+            self.chat = talks.chat_of(name).chat
+
+    monkeypatch.setattr(evaluate, "Endpoint", Served)
+    return talks
+
+
+def test_judgements_depend_on_all_that_the_judge_was_asked(fakes, talks):
+    run = ["--benchmarks", "infobench", *FLAGS, "--method", "io"]
+    talks.reply = lambda name, messages, settings: Completion(
+        [], "YES" if settings["max_tokens"] > 100 else "Let me", "length", None)
+    evaluate.main([*run, "--judge-tokens", "8"])
+    assert cell_of("infobench")["drfr"] == 0 and cell_of("infobench")["n"]["unparsable"] == 2
+    evaluate.main([*run, "--judge-tokens", "1024"])
+    assert cell_of("infobench")["drfr"] == 1 and cell_of("infobench")["n"]["unparsable"] == 0
+    asked = len(talks)
+    evaluate.main([*run, "--judge-tokens", "1024"])
+    assert len(talks) == asked  # nothing has changed
+    evaluate.main([*run, "--judge", "judge@http://elsewhere/v1"])
+    assert len(talks) == asked + 5
+    rows = [json.loads(line) for line in Path("runs/benchmarks/infobench/judgements/I-O - judge.jsonl").open()]
+    assert len({(row["id"], row["question"]) for row in rows}) == len(rows) == 5  # one row each: --judgements reads it
+
+
+def test_unreadable_judgements_are_asked_again_in_the_next_call(fakes, talks):
+    run = ["--benchmarks", "infobench", *FLAGS, "--method", "io"]
+    talks.reply = lambda *_: Completion([], "Perhaps", "stop", None)
+    evaluate.main(run)
+    assert cell_of("infobench")["n"] == {"asked": 2, "answered": 2, "judged": 2, "unparsable": 2}
+    talks.reply = lambda *_: Completion([], "YES", "stop", None)
+    evaluate.main(run)
+    assert cell_of("infobench")["drfr"] == 1 and cell_of("infobench")["n"]["judged"] == 5
+
+
+def test_corrected_infobench_asks_on_after_an_unreadable_reply(fakes, talks):
+    talks.reply = lambda name, messages, settings: Completion(
+        [], "Maybe" if len(messages) == 1 else "YES", "stop", None)
+    evaluate.main(["--benchmarks", "infobench", *FLAGS, "--method", "io", "--protocol", "corrected"])
+    assert cell_of("infobench")["n"] == {"asked": 2, "answered": 2, "judged": 5, "unparsable": 2}
+    assert cell_of("infobench")["drfr"] == 3 / 5
+    evaluate.main(["--benchmarks", "infobench", *FLAGS, "--method", "io"])
+    assert cell_of("infobench")["n"]["judged"] == 2  # officially the first such reply ends an item
+
+
+def test_fbbench_without_json_mode_is_judged_at_temperature_0(fakes, talks):
+    refused = Completion([], "", "refused", None)
+    readable = Completion([], json.dumps({"a": point(True, 1)}), "stop", None)
+    talks.reply = lambda name, messages, settings: refused if "response_format" in settings else readable
+    evaluate.main(["--benchmarks", "fb-bench", *FLAGS, "--method", "io"])
+    calls = [(settings["temperature"], "response_format" in settings) for _, _, settings in talks]
+    assert calls == [(0.0, True)] * 3 + [(0.0, False)] * 3 and cell_of("fb-bench")["n"]["unparsable"] == 0
+
+
+def test_rows_are_compared_in_pairs_with_all_resamples(fakes, monkeypatch):
+    class Better(FakeEngine):
+        def answer(self, prompt, k):
+            text = "- Nile\n- Rhine\n- Po" if self.name == "better" and "rivers" in prompt else "A note, short"
+            return Completion([1], text, "stop", None)
+
+    drawn, resample = [], evaluate.resampled_weights
+    for name in ("m", "better"):
+        fakes[name] = Better(name)
+
+    def count(groups, resamples, seed):
+        drawn.append((len(groups), resamples, seed))
+        return resample(groups, resamples, seed)
+
+    monkeypatch.setattr(evaluate, "resampled_weights", count)
+    run = ["--benchmarks", "ifeval,cello", *FLAGS, "--resamples", "1500", "--method", "io"]
+    evaluate.main(run)
+    evaluate.main([*run, "--label", "Ours", "--model", "better"])
+    report = json.loads(Path("runs/benchmarks/report.json").read_text("utf-8"))
+    ours, plain = (report["benchmarks"]["ifeval"][label] for label in ("Ours", "I/O"))
+    assert (ours["headline"], plain["headline"]) == (25, 0)  # one prompt of four
+    assert report["differences"]["ifeval"]["Ours − I/O"] == {
+        "value": 25, "low": ours["low"], "high": ours["high"], "n": 4}
+    # Equal answers differ in no resample, though the figure itself does from one to the next.
+    assert report["differences"]["cello"]["Ours − I/O"] == {"value": 0, "low": 0, "high": 0, "n": 3}
+    assert report["benchmarks"]["cello"]["Ours"]["low"] < report["benchmarks"]["cello"]["Ours"]["high"]
+    assert set(drawn) == {(4, 1500, 0), (3, 1500, 0)}  # the same draws for both rows, as many as asked for
+    text = Path("runs/benchmarks/report.md").read_text("utf-8")
+    assert "| Ours − I/O | +25.0 [" in text and "the interval includes 0 (IFEval, CELLO)" in text
+
+
+SERVED = ["--model", "m@http://u", "--max-new-tokens", "99"]
+
+
+def test_a_served_thought_belongs_to_the_turn(fakes, talks):
+    talks.reply = lambda name, messages, settings: Completion(
+        [], "<answer>Dear all</answer>", "stop", None, reasoning="a short plan")
+    run = ["--benchmarks", "ifeval", *FLAGS, *SERVED]
+    evaluate.main([*run, "--method", "cot"])
+    cell = cell_of("ifeval", "CoT")
+    assert (cell["format_failures"], cell["thought_tokens"], cell["answer_tokens"]) == (0, 3, 2)
+    evaluate.main([*run, "--method", "sdc"])
+    assert "a short plan" in talks[-1][1][-1]["content"]
+    evaluate.main([*run, "--method", "direct"])
+    assert [message["role"] for message in talks[-1][1]] == ["user"]  # no trigger: it would ask for a thought
+
+
+def test_a_served_model_sees_one_system_message(fakes, talks, tmp_path):
+    record = {"id": "r", "source": "own", "task": "instruction", "language": "en", "composition": "and",
+              "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Write."}],
+              "constraints": [{"kind": "code", "id": "punctuation:no_comma", "kwargs": {}, "text": "…",
+                               "depends_on": [], "active": True}]}
+    (tmp_path / "records.jsonl").write_text(json.dumps(record) + "\n")
+    evaluate.main(["--benchmarks", "records.jsonl", *SERVED, "--method", "cot", "--perplexity-items", "0"])
+    system, user = talks[0][1]
+    assert system["role"] == "system" and system["content"].startswith("Be brief.\n") and "<think>" in system["content"]
+    assert user == record["messages"][1]
+
+
+def test_a_trained_row_is_listed_under_its_own_base_model(fakes, capsys):
+    def run(model, label, base, out):
+        evaluate.main(["--benchmarks", "ifeval", *FLAGS, "--method", "io", "--model", model, "--label", label,
+                       "--base-model", f"Qwen/{base}", "--protocol", "raif", "--out", out])
+
+    run("runs/grpo/model", "Ours", "Qwen2.5-1.5B-Instruct", "runs/a")
+    run("Qwen/Qwen2.5-7B-Instruct", "I/O", "Qwen2.5-7B-Instruct", "runs/a")
+    capsys.readouterr()
+    evaluate.main(["--table", "1", "--runs", "runs/a"])
+    lines = capsys.readouterr().out.splitlines()
+    ours = [line.split("|")[3].strip() for line in lines if "| Ours |" in line and "Qwen2.5-" in line]
+    assert [text.startswith("–") for text in ours] == [False, True] and ours[0].endswith("n=4")  # 1.5B, 7B
+    run("runs/seed1/model", "Ours", "Qwen2.5-1.5B-Instruct", "runs/b")
+    with pytest.raises(InputError, match="runs/a and runs/b both hold ifeval of row 'Ours'.*--label"):
+        evaluate.main(["--table", "1", "--runs", "runs/a,runs/b"])
+    run("runs/grpo/model", "Ours", "Qwen2.5-7B-Instruct", "runs/a")  # the base model put right: nothing else changes
+    assert json.loads(Path("runs/a/ifeval/rows/Ours.json").read_text())["base_model"] == "Qwen/Qwen2.5-7B-Instruct"
+    assert len(fakes["runs/grpo/model"].asked) == 4
 
 
 def test_a_judge_is_needed(fakes):
@@ -596,5 +873,7 @@ def test_tables_of_the_paper(tmp_path, capsys):
     assert "| Ours | 50.00 [" in said["ablation"]
     assert "| Qwen2.5-7B-Instruct | Ours | 20.00 (29.82, -9.82) [10.0, 30.0] | 30.00 (30.76" in said["5"]
     (tmp_path / "Ours" / "report.json").write_text(json.dumps(report | {"protocol": "official"}))
-    with pytest.raises(InputError, match="--protocol raif"):
-        evaluate.main(["--table", "1", "--runs", str(tmp_path / "Ours")])
+    for name in ("1", "ablation"):
+        with pytest.raises(InputError, match="--protocol raif"):
+            evaluate.main(["--table", name, "--runs", str(tmp_path / "Ours")])
+    evaluate.main(["--table", "2", "--runs", str(tmp_path / "Ours")])  # whose columns do not depend on the protocol

@@ -11,7 +11,7 @@ import torch
 
 import evaluate
 import rewards
-from evaluate import Config, answer_text, bootstrap, main, repetition, score_item, spread, summarise
+from evaluate import Config, Sample, answer_text, bootstrap, limits, main, repetition, spread
 from model import Completion, Prompt, device, read_jsonl
 from rewards import InputError
 
@@ -21,6 +21,18 @@ def record(key, constraints, **extra):
     messages = [{"role": "user", "content": f"Write a line. ({key})"}]
     return {"id": key, "source": "evolve", "task": "instruction", "language": "en", "messages": messages,
             "constraints": filled, "composition": "and", **extra}
+
+
+def item_of(record):
+    return evaluate.make_item(record["id"], record["messages"], "en", record)
+
+
+def verdict_of(record, turn, replies=()):
+    """What evaluate.py makes of one assistant turn to a record."""
+    benchmark, output = evaluate.RecordFile("records.jsonl"), {"text": turn, "answer": answer_text(turn)}
+    item = item_of(record)
+    verdict = benchmark.verdict(item, benchmark.answer_of(item, output), dict(replies), "official")
+    return {name: verdict[name] for name in ("kinds", "strict", "loose")}
 
 
 TEA = {"id": "keywords:existence", "kwargs": {"keywords": ["tea"]}}
@@ -51,11 +63,11 @@ def test_warm_family_answer_is_everything_after_the_thought():
 
 def test_verdicts_strict_loose_dependent_and_inactive():
     item = record("a", [TEA, {**NO_COMMA, "depends_on": [0]}, {**LOWER, "active": False}])
-    assert score_item(item, "Hot tea.") == {
+    assert verdict_of(item, "Hot tea.") == {
         "kinds": ["keywords:existence", "punctuation:no_comma"], "strict": [True, True], "loose": [True, True]}
-    assert score_item(item, "Coffee.")["strict"] == [False, False]  # no comma, but what it depends on is false
+    assert verdict_of(item, "Coffee.")["strict"] == [False, False]  # no comma, but what it depends on is false
     lower = record("b", [LOWER])
-    first_line = score_item(lower, "Sure, HERE it is:\nhot tea")
+    first_line = verdict_of(lower, "Sure, HERE it is:\nhot tea")
     assert first_line["strict"] == [False] and first_line["loose"] == [True]  # loose: without the first line
 
 
@@ -64,14 +76,14 @@ def test_strict_verdicts_are_those_of_the_reward():
     item = record("a", constraints)
     for answer in ("Hot tea", "Coffee", "Tea, please", "Coffee, black", ""):
         turn = f"<think>\nplan it\n</think>\n<answer>{answer}</answer>"
-        assert score_item(item, turn)["strict"] == rewards.score([item], [turn], direct=True)[0].verdicts
+        assert verdict_of(item, turn)["strict"] == rewards.score([item], [turn], direct=True)[0].verdicts
 
 
 def test_math_is_met_when_the_boxed_result_is_right():
     item = {"id": "m", "source": "own", "task": "math", "language": "en", "answer": "42",
             "messages": [{"role": "user", "content": "6 x 7?"}]}
-    assert score_item(item, r"It is \boxed{42}.") == {"kinds": ["math"], "strict": [True], "loose": [True]}
-    assert score_item(item, "It is 42.")["strict"] == [False]
+    assert verdict_of(item, r"It is \boxed{42}.") == {"kinds": ["math"], "strict": [True], "loose": [True]}
+    assert verdict_of(item, "It is 42.")["strict"] == [False]
 
 
 def test_repetition_counts_repeated_4_grams():
@@ -83,25 +95,51 @@ def test_repetition_counts_repeated_4_grams():
 # ------------------------------------------------------------------------------------------------ statistics
 
 
+def intervals(values_NK, weights_NK=None, **settings):
+    """(estimates, lows, highs) of columns: the sum of their values over the sum of their weights."""
+    values_NK = np.array(values_NK, dtype=float)
+    weights_NK = np.ones_like(values_NK) if weights_NK is None else np.array(weights_NK, dtype=float)
+
+    def measure(weights_RN):
+        sample = Sample(range(len(values_NK)), range(len(values_NK)), weights_RN)
+        return {k: sample.ratio(values_NK[:, k], weights_NK[:, k]) for k in range(values_NK.shape[1])}
+
+    metrics, resampled = bootstrap(measure, range(len(values_NK)), **settings)
+    bounds = [limits(values) for values in resampled.values()]
+    return list(metrics.values()), [low for low, _ in bounds], [high for _, high in bounds]
+
+
 def test_bootstrap_agrees_with_the_normal_interval():
     values = np.repeat([1.0, 0.0], [120, 280])[:, None]
-    share, low, high = bootstrap(values)
+    share, low, high = intervals(values)
     half = 1.96 * math.sqrt(0.3 * 0.7 / 400)
     assert share[0] == pytest.approx(0.3)
     assert low[0] == pytest.approx(0.3 - half, abs=0.004) and high[0] == pytest.approx(0.3 + half, abs=0.004)
 
 
 def test_bootstrap_of_a_ratio_and_of_constants():
-    share, low, high = bootstrap([[2, 1], [1, 1]], [[2, 1], [2, 1]])
-    assert share.tolist() == [0.75, 1] and (low[1], high[1]) == (1, 1)
+    share, low, high = intervals([[2, 1], [1, 1]], [[2, 1], [2, 1]])
+    assert share == [0.75, 1] and (low[1], high[1]) == (1, 1)
     assert low[0] == pytest.approx(0.5) and high[0] == pytest.approx(1)
 
 
 def test_paired_difference_is_narrower_than_the_rows():
     easy = np.arange(200) % 2 == 0  # both rows meet the easy half, the second also a few hard prompts
     a, b = easy.astype(float), (easy | (np.arange(200) % 20 == 1)).astype(float)
-    share, low, high = bootstrap(np.stack([a, b, b - a], axis=1))
+    share, low, high = intervals(np.stack([a, b, b - a], axis=1))
     assert share[2] == pytest.approx(0.05) and low[2] > 0 and high[2] - low[2] < 0.5 * (high[0] - low[0])
+
+
+def test_bootstrap_follows_its_seed():
+    values = np.arange(50.0)[:, None]
+    first, same, other = (intervals(values, resamples=200, seed=seed) for seed in (3, 3, 4))
+    assert first == same and first[1:] != other[1:]
+
+
+def test_a_resample_without_any_item_of_a_kind_has_no_value():
+    assert limits(np.array([np.nan, 1.0, 1.0])) == (1, 1) and limits(np.array([np.nan])) == (None, None)
+    sample = Sample([0, 1], [0, 1], np.array([[0.0, 2.0]]))
+    assert np.isnan(sample.pick([0]).mean([1.0])) and np.isnan(sample.pick([]).mean([])) and sample.mean([1, None]) != 1
 
 
 def test_spread_covers_the_file():
@@ -115,7 +153,8 @@ def test_perplexity_is_that_of_the_tiny_model():
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
                                          num_attention_heads=2, num_key_value_heads=2)).eval().to(device())
     records, answers = [record("a", [TEA]), record("b", [TEA]), record("c", [TEA])], ["green tea", "", "some hot tea"]
-    measured = evaluate.answer_perplexity(model, FakeTokenizer(), records, answers)
+    items = [item_of(item) for item in records]
+    measured = evaluate.answer_perplexity(model, FakeTokenizer(), items, answers)
     nll, count = 0.0, 0
     for item, answer in zip(records, answers, strict=True):
         prompt, response = list(item["messages"][-1]["content"].encode()), list(answer.encode())
@@ -123,7 +162,7 @@ def test_perplexity_is_that_of_the_tiny_model():
         nll -= sum(logits[len(prompt) + t - 1, token].item() for t, token in enumerate(response))
         count += len(response)
     assert measured == pytest.approx(math.exp(nll / count), rel=1e-4)
-    assert evaluate.answer_perplexity(model, FakeTokenizer(), records[:1], [""]) is None
+    assert evaluate.answer_perplexity(model, FakeTokenizer(), items[:1], [""]) is None
 
 
 # ---------------------------------------------------------------------------------------- whole runs, fake model
@@ -337,16 +376,72 @@ def test_judged_constraints_of_a_record_file_are_asked(fakes, tmp_path, monkeypa
 
     monkeypatch.setattr(evaluate, "make_judge", lambda *args, **more: judge)
     main(["--benchmarks", "judge.jsonl", "--method", "io", "--judge", "some", "--perplexity-items", "0"])
-    row = read_jsonl(tmp_path / "runs/evaluate/rows/I-O.jsonl")[0]
-    assert row["kinds"][0] == row["kinds"][-1] == "judge" and row["strict"][0] is False and row["strict"][-1] is True
-    assert [question for _, _, question in asked] == ["Formal?", "Kind?"] and asked[0][1] == row["answer"]
+    report = json.loads((tmp_path / "runs/evaluate/report.json").read_text())
+    assert report["kinds"] == {"judge": {"n": 2, "I/O": 0.5}, "keywords:existence": {"n": 1, "I/O": 1}}
+    assert [question for _, _, question in asked] == ["Formal?", "Kind?"] and asked[0][1] == "hot tea"
+    rows = read_jsonl(tmp_path / "runs/evaluate/judgements/I-O - some.jsonl")
+    assert [(row["question"], row["reply"]) for row in rows] == [(0, "no"), (1, "yes")]
+
+
+def test_blank_and_refused_answers_meet_no_judged_constraint(fakes, tmp_path, monkeypatch):
+    question = {"kind": "judge", "question": "Kind?", "text": "Be kind.", "depends_on": [], "active": True}
+    write(tmp_path / "judge.jsonl", [record(f"r{k}", [TEA]) | {"constraints": [question]} for k in range(4)])
+    turns = [("<think>plan</think><answer></answer>", "stop"), (" ", "stop"), ("hot tea", "stop"),
+             ("too long", "refused")]
+    monkeypatch.setattr(FakeEngine, "answer", lambda self, prompt: Completion(
+        [1], *turns[int(re.search(r"\(r(\d)\)", prompt)[1])], None))
+    asked = []
+
+    def judge(items):
+        asked.extend(items)
+        return [True] * len(items)
+
+    monkeypatch.setattr(evaluate, "make_judge", lambda *args, **more: judge)
+    main(["--benchmarks", "judge.jsonl", "--method", "io", "--judge", "some", "--perplexity-items", "0"])
+    report = json.loads((tmp_path / "runs/evaluate/report.json").read_text())
+    assert report["rows"]["I/O"]["all"]["all_strict"]["share"] == 0.25
+    assert report["rows"]["I/O"]["n"] == {"asked": 4, "answered": 1, "judged": 1, "unparsable": 0}
+    assert [answer for _, answer, _ in asked] == ["hot tea"]
+
+
+def test_the_report_says_what_the_judge_could_not_read_or_had_to_cut(fakes, tmp_path, monkeypatch):
+    question = {"kind": "judge", "question": "Kind?", "text": "Be kind.", "depends_on": [], "active": True}
+    write(tmp_path / "judge.jsonl", [record(f"r{k}", [TEA]) | {"constraints": [question]} for k in range(3)])
+
+    class Judge:
+        asked = unreadable = truncated = 0
+
+        def __call__(self, items):
+            self.asked, self.unreadable, self.truncated = self.asked + len(items), self.unreadable + 1, 2
+            return [False] * len(items)
+
+    monkeypatch.setattr(evaluate, "make_judge", lambda *args, **more: Judge())
+    run = ["--benchmarks", "judge.jsonl", "--method", "io", "--judge", "some", "--perplexity-items", "0"]
+    for _ in range(2):  # the second call asks nothing, and still says what the first one counted
+        main(run)
+        row = json.loads((tmp_path / "runs/evaluate/report.json").read_text())["rows"]["I/O"]
+        assert row["judge_counts"] == {"asked": 3, "unreadable": 1, "truncated": 2} and row["n"]["judged"] == 3
+        text = (tmp_path / "runs/evaluate/report.md").read_text()
+        assert "Judge of row I/O: 3 questions, 1 unreadable replies (counted as no), 2 answers cut to fit" in text
+
+
+def summary(records, verdicts):
+    """report.json of one row I/O with these verdicts."""
+    benchmark, items = evaluate.RecordFile("records.jsonl"), [item_of(item) for item in records]
+    output = {"format_ok": None, "truncated": False, "thought_tokens": 0, "answer_tokens": 3, "written_tokens": 3,
+              "repetition": 0.0}
+    settings = {"seconds": 1.0, "perplexity": None}
+
+    def measure(weights_RN):
+        return benchmark.metrics(Sample(items, verdicts, weights_RN), "official")
+
+    metrics, resampled = bootstrap(measure, [item.group for item in items], resamples=100)
+    row = evaluate.Scored(settings, [output] * len(items), verdicts, metrics | {"n": {}}, resampled)
+    return evaluate.record_report(evaluate.Task(benchmark, items, "", Config()), {"I/O": row})
 
 
 def test_summary_without_ood_has_an_empty_split():
-    item = {"strict": [True, False], "loose": [True, True], "kinds": ["x", "y"], "format_ok": None, "truncated": False,
-            "thought_tokens": 0, "answer_tokens": 3, "repetition": 0.0}
-    settings = {"seconds": 1.0, "perplexity": None}
-    report = summarise([record("a", [TEA])], {"I/O": (settings, [item])}, resamples=100)
+    report = summary([record("a", [TEA])], [{"strict": [True, False], "loose": [True, True], "kinds": ["x", "y"]}])
     row = report["rows"]["I/O"]
     assert row["ood"] is None and row["all"]["all_strict"]["share"] == 0 and row["all"]["each_strict"]["share"] == 0.5
     assert row["all"]["all_loose"]["share"] == 1 and report["differences"] == {}
@@ -354,20 +449,15 @@ def test_summary_without_ood_has_an_empty_split():
 
 
 def test_lift_is_the_share_met_minus_chance_in_each_split():
-    def item(met):
-        return {"strict": [met], "loose": [met], "kinds": ["x"], "format_ok": None, "truncated": False,
-                "thought_tokens": 0, "answer_tokens": 3, "repetition": 0.0}
-
-    settings = {"seconds": 1.0, "perplexity": None}
     chances = {"a": 0.1, "b": 0.3, "c": 0.05}
     records = [record(key, [TEA], chance=chance, ood=key == "c") for key, chance in chances.items()]
-    rows = {"I/O": (settings, [item(True), item(False), item(True)])}
-    report = summarise(records, rows, resamples=100)
+    verdicts = [{"strict": [met], "loose": [met], "kinds": ["x"]} for met in (True, False, True)]
+    report = summary(records, verdicts)
     lifts = {split: report["rows"]["I/O"][split]["lift"]["share"] for split in evaluate.SPLITS}
     assert lifts == pytest.approx({"all": 2 / 3 - 0.15, "in-distribution": 0.5 - 0.2, "ood": 1 - 0.05})
     assert report["chance"] == pytest.approx({"all": 0.15, "in-distribution": 0.2, "ood": 0.05})
     del records[1]["chance"]  # a record without: there is no lift, rather than a wrong one
-    report = summarise(records, rows, resamples=100)
+    report = summary(records, verdicts)
     assert "lift" not in report["rows"]["I/O"]["all"] and report["chance"]["all"] is None
 
 
