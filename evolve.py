@@ -23,7 +23,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from statistics import mean
 from typing import Literal
@@ -114,13 +114,13 @@ def rows_of(source: str):
             batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
         except ValueError as error:
             raise InputError(f"{path}: is not Parquet ({error}); give a whole file") from None
-        rows = (row for batch in batches for row in batch.to_pylist())
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
     elif path.suffix == ".json" and path.exists():
         try:
             value = json.loads(path.read_text("utf-8-sig"))
         except ValueError:  # not one value: one object a line
             value = [row for _, row in rewards.json_lines(path)]
-        rows = value if isinstance(value, list) else [value]
+        rows = as_list(value)
     else:
         rows = (row for _, row in rewards.json_lines(path))
     for number, row in enumerate(rows, 1):
@@ -137,7 +137,9 @@ def request_of(row: dict):
     for name in _OTHER_FORMS[:3]:
         if row.get(name):
             users = [turn for turn in row[name] if turn.get("role", turn.get("from")) in ("user", "human")]
-            return users[0].get("content", users[0].get("value")) if users else None
+            if not users:
+                return None
+            return users[0].get("content", users[0].get("value"))
     if "instruction" in row:
         given = row.get("input") or (row.get("instances") or [{}])[0].get("input")
         return "\n\n".join(filter(None, (row["instruction"], given)))
@@ -181,8 +183,11 @@ def other_seed(row: dict, where: str, source: str, counts: Counter) -> dict | No
         counts["no text"] += 1
         return None
     language = language_of(text)
-    if row.get("toxic") or not language:
-        counts["toxic" if row.get("toxic") else "other language"] += 1
+    if row.get("toxic"):
+        counts["toxic"] += 1
+        return None
+    if not language:
+        counts["other language"] += 1
         return None
     # By its text, so that it stays on its side of the split in whichever line or file it stands.
     digest = hashlib.sha256(text.strip().encode()).hexdigest()[:12]
@@ -192,7 +197,9 @@ def other_seed(row: dict, where: str, source: str, counts: Counter) -> dict | No
 def read_seeds(cfg: Config, counts: Counter) -> list[dict]:
     """The plain requests: {id, language, text}, with topic and ability where the file has them."""
     shipped = {"en": ["seeds"], "zh": ["seeds_zh"], "both": ["seeds", "seeds_zh"]}[cfg.language]
-    sources = [cfg.seeds] if cfg.seeds else [str(data_dir / f"{name}.jsonl") for name in shipped]
+    sources = [str(data_dir / f"{name}.jsonl") for name in shipped]
+    if cfg.seeds:
+        sources = [cfg.seeds]
     seeds, first_seen = [], {}
     for source in sources:
         for where, row in islice(rows_of(source), cfg.rows or None):
@@ -213,9 +220,13 @@ def read_seeds(cfg: Config, counts: Counter) -> list[dict]:
                     f"{where}: field 'id': {seed['id']!r} is that of {first_seen[seed['id']]}; make it unique"
                 )
             first_seen[seed["id"]] = where
-            length = count_words(seed["text"]) / (1.6 if seed["language"] == "zh" else 1)
-            if not 3 <= length <= cfg.seed_words:
-                counts["too short" if length < 3 else "too long"] += 1
+            length = count_words(seed["text"])
+            if seed["language"] == "zh":
+                length /= 1.6
+            if length < 3:
+                counts["too short"] += 1
+            elif length > cfg.seed_words:
+                counts["too long"] += 1
             elif cfg.language not in (seed["language"], "both"):
                 counts["not in --language"] += 1
             else:
@@ -259,8 +270,10 @@ def drop_duplicates(seeds: list[dict], counts: Counter, threshold=0.5) -> list[d
         if overlap < threshold:
             index.insert(len(kept), signature)
             kept.append(seed)
+        elif overlap < 1:
+            counts["near duplicate"] += 1
         else:
-            counts["exact duplicate" if overlap == 1 else "near duplicate"] += 1
+            counts["exact duplicate"] += 1
     return kept
 
 
@@ -277,8 +290,11 @@ def strings(value):
     """All texts in a JSON value."""
     if isinstance(value, str):
         yield value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from strings(inner)
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from strings(inner)
 
 
 def read_benchmarks(folder: str) -> dict[int, str]:
@@ -298,10 +314,15 @@ def read_benchmarks(folder: str) -> dict[int, str]:
 
 def drop_contaminated(rows: list[dict], known: dict[int, str], hits: list[dict]) -> list[dict]:
     """The rows (requests or records) that share no run of words with a benchmark; the others are listed in hits."""
+    if not known:
+        return rows
     clean = []
     for row in rows:
-        text = row["messages"][-1]["content"] if "messages" in row else row["text"]
-        gram = next((gram for gram in grams(text) if hash(gram) in known), None) if known else None
+        if "messages" in row:
+            text = row["messages"][-1]["content"]
+        else:
+            text = row["text"]
+        gram = next((gram for gram in grams(text) if hash(gram) in known), None)
         if gram is None:
             clean.append(row)
         else:
@@ -319,16 +340,19 @@ def tag(seeds: list[dict], ask, counts: Counter) -> list[dict]:
 
     def read(seed, reply):
         topic, ability = read_json(reply, "topic"), read_json(reply, "ability")
-        known = topic == "other" or (topic in topics and filled(ability))
-        return {"topic": topic, "ability": ability} if known else None
+        if topic == "other" or (topic in topics and filled(ability)):
+            return {"topic": topic, "ability": ability}
+        return None
 
     untagged = [seed for seed in seeds if not filled(seed.get("ability")) or not filled(seed.get("topic"))]
     tags = dict(zip((seed["id"] for seed in untagged), ask("tag", untagged, write, read), strict=True))
     tagged = []
     for seed in seeds:
         own = tags.get(seed["id"], {})
-        if own is None or own.get("topic") == "other":
-            counts["other topic" if own else "no tag"] += 1
+        if own is None:
+            counts["no tag"] += 1
+        elif own.get("topic") == "other":
+            counts["other topic"] += 1
         else:
             tagged.append(seed | own)
     return tagged
@@ -336,9 +360,11 @@ def tag(seeds: list[dict], ask, counts: Counter) -> list[dict]:
 
 def choose(seeds: list[dict], ask, cfg: Config, counts: Counter) -> list[dict]:
     """--limit requests with tags, at most --ability-cap of each ability; tagged in parts, so that few are in vain."""
-    chosen, per_ability, size = [], Counter(), min(512, max(16, 2 * cfg.limit)) if cfg.limit else 512
+    chosen, per_ability, size = [], Counter(), 512
+    if cfg.limit:
+        size = min(size, max(16, 2 * cfg.limit))
     parts = (tag(seeds[start : start + size], ask, counts) for start in range(0, len(seeds), size))
-    for seed in (seed for part in parts for seed in part):
+    for seed in chain.from_iterable(parts):
         per_ability[seed["ability"]] += 1
         if cfg.ability_cap and per_ability[seed["ability"]] > cfg.ability_cap:
             counts["over the cap of its ability"] += 1
@@ -356,7 +382,9 @@ def split_of(request_id: str) -> str:
     Neither --seed nor further requests move one to another side.
     """
     share = int.from_bytes(hashlib.sha256(f"0/{request_id}".encode()).digest()[:4], "big") / 2**32
-    return "heldout" if share < 0.3 else "dev" if share < 0.393 else "train"
+    if share < 0.3:
+        return "heldout"
+    return "dev" if share < 0.393 else "train"
 
 
 # ---------------------------------------------------------------- whoever answers
@@ -368,8 +396,10 @@ def ask_recorded(step, items, write, read, **_) -> list:
     """`ask` of the recorded teacher: the reply that an item brings along, NOT_ASKED where it brings none."""
     values = []
     for item in items:
-        text = item["replies"].get(step)
-        values.append(NOT_ASKED if text is None else read(item, Completion([], text, "stop")))
+        value = NOT_ASKED
+        if step in item["replies"]:
+            value = read(item, Completion([], item["replies"][step], "stop"))
+        values.append(value)
     return values
 
 
@@ -391,20 +421,22 @@ def make_ask(cfg: Config, folder: Path, spent: dict):
 
     def ask(step, items, write, read, *, role="llm", temperature=0.0, seed=0, attempts=ATTEMPTS) -> list:
         chat, values, pending = chats[roles[role]], [None] * len(items), list(range(len(items)))
-        chat.progress, before = "" if rank else step, dict(chat.tokens)
+        before = dict(chat.tokens)
+        if rank == 0:
+            chat.progress = step
         for attempt in range(attempts):
             if not pending:
                 break
-            prompts = [write(items[i]) for i in pending]
-            talks = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
+            talks = [as_messages(write(items[i])) for i in pending]
             own = range(rank, len(talks), world)
-            answered = chat.chat([talks[k] for k in own], max_tokens=cfg.max_tokens,
-                                 temperature=max(temperature, 0.7) if attempt else temperature,
+            answered = chat.chat([talks[k] for k in own], max_tokens=cfg.max_tokens, temperature=temperature,
                                  seed=cfg.seed + seed + 1000 * attempt)
+            temperature = max(temperature, 0.7)  # of the next attempts: a greedy one would only repeat itself
             replies = dict(gather_objects([(k, reply) for k, [reply] in zip(own, answered, strict=True)]))
             refused = [k for k in range(len(pending)) if replies[k].finish_reason == "refused"]
             for k, i in enumerate(pending):
-                values[i] = read(items[i], replies[k]) if replies[k].finish_reason == "stop" else None
+                if replies[k].finish_reason == "stop":
+                    values[i] = read(items[i], replies[k])
             if rank == 0:
                 log_calls(folder, step, attempt, [(talks[k], replies[k], values[i]) for k, i in enumerate(pending)])
             spent[step]["calls"] += len(pending)
@@ -422,6 +454,11 @@ def make_ask(cfg: Config, folder: Path, spent: dict):
     return ask
 
 
+def as_messages(prompt) -> list[dict]:
+    """A prompt, a text or messages, as messages."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
 def log_calls(folder: Path, step: str, attempt: int, calls) -> None:
     """Append (messages, reply, value) calls to calls.jsonl."""
     with open(folder / "calls.jsonl", "a", encoding="utf-8") as log:
@@ -434,26 +471,30 @@ def log_calls(folder: Path, step: str, attempt: int, calls) -> None:
 def read_json(reply, field: str):
     """A field of the JSON object in a reply, None where there is none (fences and a thought around it are fine)."""
     found = re.search(r"\{.*\}", reply.text.rpartition("</think>")[2], re.S)
+    if not found:
+        return None
     try:
-        value = json.loads(found[0]) if found else None
+        value = json.loads(found[0])
         json.dumps(value, ensure_ascii=False).encode()  # half an emoji could not be written to a file
     except (ValueError, RecursionError):
         return None
-    return value.get(field) if isinstance(value, dict) else None
+    return value.get(field)
 
 
 def read_word(reply, known: str) -> str | None:
     """The one of the words `known` ("true|false|na") that opens a reply or is alone in it; lower case."""
     text = reply.text.rpartition("</think>")[2].lower()
     opening = re.match(rf"\W*({known})\b", text)
-    words = {opening[1]} if opening else set(re.findall(rf"\b(?:{known})\b", text)) if "not" not in text else set()
-    return words.pop() if len(words) == 1 else None
+    if opening:
+        return opening[1]
+    words = set(re.findall(rf"\b(?:{known})\b", text))
+    return words.pop() if len(words) == 1 and "not" not in text else None
 
 
 def tally(counts: Counter, verdicts, reason: str) -> None:
     """Count verdicts: True is kept, NOT_ASKED a class of its own, everything else dropped for the reason."""
     for verdict in verdicts:
-        counts["kept" if verdict is True else NOT_ASKED if verdict == NOT_ASKED else reason] += 1
+        counts[{True: "kept", NOT_ASKED: NOT_ASKED}.get(verdict, reason)] += 1
 
 
 def keep(folder: Path, step: str, rows) -> None:
@@ -473,8 +514,10 @@ LANGUAGES = {"en": "English", "zh": "Chinese"}
 
 def chosen_types(cfg: Config) -> list[str]:
     """The constraint types of --types."""
-    if cfg.types in ("ifeval", "all"):
-        return list(rewards.COMPAT if cfg.types == "ifeval" else CONSTRAINTS)
+    if cfg.types == "all":
+        return list(CONSTRAINTS)
+    if cfg.types == "ifeval":
+        return list(rewards.COMPAT)
     names = cfg.types.split(",")
     for name in names:
         if name not in CONSTRAINTS:
@@ -494,15 +537,18 @@ def plan_drafts(seeds: list[dict], ask, cfg: Config, funnel) -> list[dict]:
         draft = {"id": seed["id"], "seed": seed["id"], "source": "evolve", "task": "instruction",
                  "language": seed["language"], "request": seed["text"], "topic": seed["topic"], "split": split}
         by_judge = rng.random() < cfg.judge_share
-        draft["composition"] = rng.choice(COMPOSITIONS) if by_judge else "and"
+        draft["composition"] = "and"
+        if by_judge:
+            draft["composition"] = rng.choice(COMPOSITIONS)
         draft["example"] = rng.choice(exemplars[seed["language"], draft["composition"]])
         if by_judge:
             judged.append(draft)
         else:
             types = chosen_types(cfg)
             if cfg.types in ("ifeval", "all"):  # names are taken as given
-                ood = split == "heldout" and rng.random() < 1 / 3  # a third of the held-out ones
-                types = list(OOD_TYPES) if ood else [name for name in types if name not in OOD_TYPES]
+                types = [name for name in types if name not in OOD_TYPES]
+                if split == "heldout" and rng.random() < 1 / 3:
+                    types = list(OOD_TYPES)
             weights = COUNT_WEIGHTS[: cfg.max_constraints or None]
             wanted = rng.choices(range(1, len(weights) + 1), weights)[0]
             coded.append(draft | {"constraints": draw_constraints(rng, draft, types, tried[split], wanted)})
@@ -547,7 +593,8 @@ def taken_words(draft: dict, constraint: dict) -> set[str]:
     named = set()
     for other in draft["constraints"]:
         if other is not constraint:
-            named |= {str(word).casefold() for value in other["kwargs"].values() for word in as_list(value)}
+            words = chain.from_iterable(map(as_list, other["kwargs"].values()))
+            named |= {str(word).casefold() for word in words}
     if "forbidden_words" in constraint["kwargs"]:  # an answer could hardly avoid the request's own words
         named |= set(tokens(draft["request"]))
     return named
@@ -572,7 +619,7 @@ def suggest_words(drafts: list[dict], ask) -> None:
 
     def read(item, reply):
         draft, constraint = item
-        form = re.compile(r"[A-Za-z][A-Za-z'-]{1,24}" if draft["language"] == "en" else "[\u4e00-\u9fff]{1,6}")
+        form = re.compile({"en": r"[A-Za-z][A-Za-z'-]{1,24}", "zh": "[\u4e00-\u9fff]{1,6}"}[draft["language"]])
         taken, offered = taken_words(draft, constraint), as_list(read_json(reply, "words"))
         single = [word for word in offered if isinstance(word, str) and form.fullmatch(word)]
         words = list(dict.fromkeys(word for word in single if word.casefold() not in taken))
@@ -582,15 +629,17 @@ def suggest_words(drafts: list[dict], ask) -> None:
         # An earlier suggestion of this call may have taken one of the words.
         if words and not {word.casefold() for word in words} & taken_words(draft, constraint):
             name = WORDED[constraint["id"]]
-            several = isinstance(constraint["kwargs"][name], list)
-            constraint["kwargs"] = constraint["kwargs"] | {name: words if several else words[0]}
+            if not isinstance(constraint["kwargs"][name], list):
+                [words] = words
+            constraint["kwargs"] = constraint["kwargs"] | {name: words}
 
 
 def conditions_of(item: dict) -> list:
     """The condition of a Selection and the one inside it, as far as there are any."""
-    outer = item.get("condition")
-    inner = outer.get("inner") if isinstance(outer, dict) else None
-    return [condition for condition in (outer, inner) if condition]
+    conditions = [item.get("condition")]
+    if isinstance(conditions[0], dict):
+        conditions.append(conditions[0].get("inner"))
+    return [condition for condition in conditions if condition]
 
 
 def has_texts(rows, count: int, *names: str) -> bool:
@@ -607,16 +656,24 @@ def fill_prompt(name: str, draft: dict, **slots) -> str:
                        example=json.dumps(example, ensure_ascii=False, indent=1), **slots)
 
 
+CONDITION_FORMS = (  # of a reply for one condition, and for one inside another
+    ', "condition": {"if": "…", "why": "…"}',
+    ', "condition": {"if": "…", "why": "…", "inner": {"if": "…", "why": "…"}}',
+)
+
+
 def rewrite_parts(drafts: list[dict], ask, counts: Counter) -> list[dict]:
     """The drafts with the parts of their exemplar rewritten for the request; a condition has to be true as meant."""
 
     def write(draft):
         truths = [str(condition["holds"]).lower() for condition in conditions_of(draft["example"])]
-        rule = (f"- In place of the example's condition write one on the new request, plainly "
-                f"{' and the inner one '.join(truths)} of it for everyone who reads the request alone, and why.\n")
-        form = ', "condition": {"if": "…", "why": "…"' + (', "inner": {"if": "…", "why": "…"}}' if truths[1:] else "}")
-        return fill_prompt("evolve_rewrite", draft, count=len(draft["example"]["parts"]),
-                           condition_rule=rule if truths else "", condition_form=form if truths else "")
+        rule = form = ""
+        if truths:
+            rule = (f"- In place of the example's condition write one on the new request, plainly "
+                    f"{' and the inner one '.join(truths)} of it for everyone who reads the request alone, and why.\n")
+            form = CONDITION_FORMS[len(truths) - 1]
+        return fill_prompt("evolve_rewrite", draft, count=len(draft["example"]["parts"]), condition_rule=rule,
+                           condition_form=form)
 
     def read(draft, reply):
         models, meant = draft["example"]["parts"], conditions_of(draft["example"])
@@ -630,9 +687,11 @@ def rewrite_parts(drafts: list[dict], ask, counts: Counter) -> list[dict]:
             made["constraints"].append({"kind": "judge", "question": part["question"], "text": part["text"]} | shape)
         conditions = [{"if": own["if"], "holds": model["holds"], "why": own["why"]}
                       for own, model in zip(written, meant, strict=True)]
+        if conditions:
+            made["condition"] = conditions[0]
         if conditions[1:]:
             conditions[0]["inner"] = conditions[1]
-        return made | ({"condition": conditions[0]} if conditions else {})
+        return made
 
     rewritten = ask("rewrite", drafts, write, read, temperature=0.7)
     counts["parts not rewritten"] += rewritten.count(None)
@@ -685,7 +744,10 @@ def read_recorded(cfg: Config, counts: Counter) -> list[dict]:
     """Drafts of the recorded teacher's rows: what stands in a row is what a model would reply at that step."""
     names = ("teacher", "rl", "dev", "heldout")
     drafts, first_seen, types = [], {}, set(chosen_types(cfg))
-    for path in [Path(cfg.recorded)] if cfg.recorded else [data_dir / f"{name}.jsonl" for name in names]:
+    paths = [data_dir / f"{name}.jsonl" for name in names]
+    if cfg.recorded:
+        paths = [Path(cfg.recorded)]
+    for path in paths:
         rows = []
         for row in rewards.read_records(path):
             try:
@@ -704,7 +766,8 @@ def read_recorded(cfg: Config, counts: Counter) -> list[dict]:
             if "expert" in row:
                 replies["expert"] = row.pop("expert")
             split = row.get("split") or split_of(row.get("seed", row["id"]))
-            split = "rl" if split == "train" and "expert" not in replies else split  # nothing to clone
+            if split == "train" and "expert" not in replies:  # nothing to clone
+                split = "rl"
             drafts.append({"request": row["messages"][-1]["content"], **row, "split": split, "replies": replies})
     counts["kept"] = len(drafts)
     return drafts
@@ -762,16 +825,25 @@ def assistant_turn(thought: str, answer: str) -> str:
     return f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>"
 
 
+def parse_either(text: str):
+    """The parsed turn of either family."""
+    return rewards.parse_response(text, "cold" if "<answer>" in text else "warm")
+
+
 def read_expert(draft: dict, reply) -> tuple[str, str] | None:
     """(thought, answer) of a reply: the thought from the server's reasoning field or from think tags."""
     if reply.reasoning:
         parsed = rewards.parse_response(f"<think></think>{reply.text}")
         think = reply.reasoning.strip()
     else:
-        parsed = rewards.parse_response(reply.text, "cold" if "<answer>" in reply.text else "warm")
-        think = parsed.think if parsed.format_ok else ""
+        parsed = parse_either(reply.text)
+        if not parsed.format_ok:
+            return None
+        think = parsed.think
     tagged = any(tag in think + parsed.answer for tag in rewards.TAGS["cold"])
-    return (think, parsed.answer) if parsed.answer and not tagged and not rewards.is_placeholder(think) else None
+    if not parsed.answer or tagged or rewards.is_placeholder(think):
+        return None
+    return think, parsed.answer
 
 
 def active_code(draft: dict) -> list[dict]:
@@ -854,10 +926,15 @@ def in_another_language(draft: dict, answer: str) -> bool | None:
     instruction, words = draft["messages"][-1]["content"], tokens(answer)
     share = sum("\u4e00" <= word <= "\u9fff" for word in words) / max(1, len(words))
     if draft["language"] == "zh":
-        return True if share < 0.2 else False if share > 0.9 else None
+        if share < 0.2:
+            return True
+        return False if share > 0.9 else None
     if share > 0.5 and not re.search("chinese|mandarin|translat|[\u4e00-\u9fff]", instruction, re.I):
         return True
     return False if share == 0 and rewards.detect_language(answer) == "en" else None
+
+
+# What code finds of a filter's fault in (draft, answer); what it does not find, the model is asked about.
 
 
 def leaks_question(draft: dict, answer: str) -> bool:
@@ -868,7 +945,17 @@ def leaks_question(draft: dict, answer: str) -> bool:
     return (copied and "combination:repeat_prompt" not in ids) or any(question in answer for question in questions)
 
 
-def contradicts_itself(draft: dict) -> bool:
+def has_bad_length(draft: dict, answer: str) -> bool:
+    return not tokens(answer) or len(answer) > rewards.MAX_CHARS // 2
+
+
+def has_open_slot(draft: dict, answer: str) -> bool:
+    """Does the instruction hold a slot that nobody filled in, or no text to speak of?"""
+    instruction = draft["messages"][-1]["content"]
+    return bool(_SLOT.search(instruction)) or count_words(instruction) < 3
+
+
+def contradicts_itself(draft: dict, answer: str) -> bool:
     """Is a word both asked for and forbidden?"""
     wanted, banned = set(), set()
     for c in active_code(draft):
@@ -879,30 +966,29 @@ def contradicts_itself(draft: dict) -> bool:
     return bool(wanted & banned)
 
 
-def has_unsafe_term(text: str) -> bool:
+def has_unsafe_term(draft: dict, answer: str) -> bool:
+    text = f"{draft['messages'][-1]['content']}\n{answer}".lower()
     terms = (data_dir / "unsafe.txt").read_text("utf-8").splitlines()
-    return any(re.search(rf"(?<![a-z]){re.escape(term)}(?![a-z])", text.lower()) for term in terms)
+    return any(re.search(rf"(?<![a-z]){re.escape(term)}(?![a-z])", text) for term in terms)
+
+
+FAULTS = {"leakage": leaks_question, "length": has_bad_length, "undefined": has_open_slot,
+          "contradiction": contradicts_itself, "unsafe": has_unsafe_term}
 
 
 def quick_check(name: str, draft: dict, answer: str) -> bool | None:
     """Is the fault of a filter there? True or False where code can tell, None where the model has to be asked."""
-    instruction = draft["messages"][-1]["content"]
     if name == "language":
         return in_another_language(draft, answer)
-    faults = {
-        "leakage": lambda: leaks_question(draft, answer),
-        "length": lambda: not tokens(answer) or len(answer) > rewards.MAX_CHARS // 2,
-        "hallucination": lambda: False,
-        "undefined": lambda: _SLOT.search(instruction) or count_words(instruction) < 3,
-        "contradiction": lambda: contradicts_itself(draft),
-        "unsafe": lambda: has_unsafe_term(f"{instruction}\n{answer}"),
-    }
-    return True if faults[name]() else None
+    if name in FAULTS and FAULTS[name](draft, answer):
+        return True
+    return None
 
 
 def apply_filters(drafts: list[dict], ask, folder: Path, funnel) -> list[dict]:
     """The drafts in which no filter finds its fault; each sees what the ones before it have left."""
     reasons = {True: "found by code", "true": "found by the model", None: "no verdict"}
+    outcomes = reasons | {NOT_ASKED: NOT_ASKED}
     answers = {draft["id"]: rewards.parse_response(draft.get("expert", "")).answer for draft in drafts}
     for name in FILTERS:
 
@@ -919,8 +1005,7 @@ def apply_filters(drafts: list[dict], ask, folder: Path, funnel) -> list[dict]:
         verdicts |= {draft["id"]: reply for draft, reply in zip(unclear, replies, strict=True)}
         keep(folder, f"filter-{name}", [{"id": draft["id"], "verdict": verdicts[draft["id"]]} for draft in drafts])
         for draft in drafts:
-            verdict = verdicts[draft["id"]]
-            funnel[f"filter: {name}"][NOT_ASKED if verdict == NOT_ASKED else reasons.get(verdict, "kept")] += 1
+            funnel[f"filter: {name}"][outcomes.get(verdicts[draft["id"]], "kept")] += 1
         drafts = [draft for draft in drafts if verdicts[draft["id"]] not in reasons]
     return drafts
 
@@ -934,7 +1019,8 @@ def math_records(source: str) -> list[dict]:
     for where, row in rows_of(source):
         if "task" in row:
             own = rewards.read_records(source)
-            if others := [record["id"] for record in own if record["task"] != "math"]:
+            others = [record["id"] for record in own if record["task"] != "math"]
+            if others:
                 raise InputError(f"{source}: record {others[0]!r} is no math record; give a file of math records alone")
             return own
         question, answer = row.get("problem", row.get("question")), str(row.get("answer") or "")
@@ -974,8 +1060,10 @@ _USER_TURNS = (  # of the chat templates of Qwen and SmolLM, DeepSeek, LLaMA 3, 
 
 def user_text(rendered: str) -> str:
     """The last user turn of a prompt that a chat template has rendered."""
-    found = [turn for pattern in _USER_TURNS for turn in re.findall(pattern, rendered, re.S)]
-    return (found[-1] if found else rendered).strip()
+    turns = [rendered]
+    for pattern in _USER_TURNS:
+        turns += re.findall(pattern, rendered, re.S)
+    return turns[-1].strip()
 
 
 def raif_target(record: dict, task: str, target) -> None:
@@ -1005,15 +1093,17 @@ def raif_records(sources: str, counts: Counter) -> list[dict]:
     expert of the RL row with the same request.
     """
     rows, experts, records = [], {}, []
-    for where, row in (pair for source in sources.split(",") for pair in rows_of(source)):
+    for where, row in chain.from_iterable(map(rows_of, sources.split(","))):
         if {"input", "task", "target"} <= row.keys():
             rows.append((where, row["task"], user_text(row["input"]), row["target"]))
         elif filled(row.get("question")) and filled(row.get("answer")):
-            opened = re.search(r"<think>\s*$", row["question"]) and "<think>" not in row["answer"]
-            answer = "<think>" * bool(opened) + row["answer"]
-            parsed = rewards.parse_response(answer, "cold" if "<answer>" in answer else "warm")
-            turn = assistant_turn(parsed.think, parsed.answer) if parsed.format_ok else answer
-            experts[user_text(row["question"])] = (where, turn)
+            answer = row["answer"]
+            if re.search(r"<think>\s*$", row["question"]) and "<think>" not in answer:
+                answer = "<think>" + answer
+            parsed = parse_either(answer)
+            if parsed.format_ok:
+                answer = assistant_turn(parsed.think, parsed.answer)
+            experts[user_text(row["question"])] = (where, answer)
         else:
             raise InputError(f"{where}: neither an RL row (input, task, target) nor an SFT row (question, answer)")
     known = {text for _, _, text, _ in rows}
@@ -1137,6 +1227,39 @@ def check_settings(cfg: Config) -> None:
         raise InputError("--recorded, --llm: either rows that are finished or a model that writes them; give one")
 
 
+def convert_raif(cfg: Config, folder: Path, counts: Counter) -> None:
+    """train.jsonl and rl.jsonl of the released RAIF files, as they stand."""
+    records = raif_records(cfg.raif, counts)
+    if init_distributed()[0] == 0:
+        write_files(folder, {"train": [record for record in records if "expert" in record], "rl": records})
+        print(markdown_table(("rows", "number"), sorted(counts.items())))
+
+
+def write_results(drafts, known, hits, cfg: Config, folder: Path, funnel, spent) -> list[dict]:
+    """The files of the splits, with math, and the report; -> the records that share nothing with a benchmark."""
+    records, listed = [finished(draft) for draft in drafts], len(hits)
+    clean = drop_contaminated(records, known, hits)
+    math = []
+    if cfg.math_ratio:
+        math = math_records(cfg.math or str(data_dir / "arithmetic.jsonl"))
+    if known:
+        funnel["contamination"].update({"kept": len(clean), "in a benchmark": len(hits) - listed})
+        math = drop_contaminated(math, known, hits)
+        write_jsonl(folder / "contaminated.jsonl", hits)
+    files = {split: [record for record in clean if record["split"] == split] for split in SPLITS}
+    if not files["rl"]:  # as in the paper, GRPO's prompts are then those of the experts
+        files["rl"] = [{k: v for k, v in r.items() if k != "expert"} | {"split": "rl"} for r in files["train"]]
+    rng = random.Random(cfg.seed)
+    mix_in_math(files, math, cfg, rng)
+    for split in ("train", "rl"):
+        rng.shuffle(files[split])
+    write_files(folder, files)
+    write_jsonl(folder / "metrics.jsonl", [{"step": i, "name": name, **funnel[name]} for i, name in enumerate(funnel)])
+    write_atomic(folder / "report.md", report(funnel, files, spent))
+    print((folder / "report.md").read_text("utf-8"))
+    return clean
+
+
 def main(argv=None):
     cfg = parse_flags(Config, argv, PRESETS)
     check_settings(cfg)
@@ -1148,11 +1271,7 @@ def main(argv=None):
     if rank == 0:
         remove_earlier(folder)
     if cfg.raif:
-        records = raif_records(cfg.raif, funnel["rows"])
-        if rank == 0:
-            write_files(folder, {"train": [r for r in records if "expert" in r], "rl": records})
-            print(markdown_table(("rows", "number"), sorted(funnel["rows"].items())))
-        return
+        return convert_raif(cfg, folder, funnel["rows"])
 
     # Requests with constraints: planned for a model, or as they stand in the recorded teacher's rows.
     known = read_benchmarks(cfg.benchmark_dir)
@@ -1185,24 +1304,7 @@ def main(argv=None):
         show_steps(folder, seeds)
         return print(report(funnel, {split: [] for split in SPLITS}, spent).partition("## Files")[0])
 
-    records, listed = [finished(draft) for draft in drafts], len(hits)
-    clean = drop_contaminated(records, known, hits)
-    math = math_records(cfg.math or str(data_dir / "arithmetic.jsonl")) if cfg.math_ratio else []
-    if known:
-        funnel["contamination"].update({"kept": len(clean), "in a benchmark": len(hits) - listed})
-        math = drop_contaminated(math, known, hits)
-        write_jsonl(folder / "contaminated.jsonl", hits)
-    files = {split: [record for record in clean if record["split"] == split] for split in SPLITS}
-    if not files["rl"]:  # as in the paper, GRPO's prompts are then those of the experts
-        files["rl"] = [{k: v for k, v in r.items() if k != "expert"} | {"split": "rl"} for r in files["train"]]
-    rng = random.Random(cfg.seed)
-    mix_in_math(files, math, cfg, rng)
-    for split in ("train", "rl"):
-        rng.shuffle(files[split])
-    write_files(folder, files)
-    write_jsonl(folder / "metrics.jsonl", [{"step": i, "name": name, **funnel[name]} for i, name in enumerate(funnel)])
-    write_atomic(folder / "report.md", report(funnel, files, spent))
-    print((folder / "report.md").read_text("utf-8"))
+    clean = write_results(drafts, known, hits, cfg, folder, funnel, spent)
     if not clean:
         raise InputError(f"{cfg.llm or 'the recorded teacher'}: of {len(planned)} planned records none came through; "
                          f"the funnel in {folder / 'report.md'} shows where they were lost. Tagging, rewriting and "
