@@ -47,6 +47,7 @@ import rewards
 from model import (
     Endpoint,
     append_jsonl,
+    ask_until_readable,
     compute_dtype,
     data_dir,
     gather_objects,
@@ -342,7 +343,7 @@ class Benchmark:
 
     def ask(self, judge, jobs, cfg):
         """The judge's raw reply to each Job."""
-        return ask_until_readable(self, judge, jobs, cfg)
+        return raw_judgements(self, judge, jobs, cfg)
 
     def answer_of(self, item, output):
         """What of an output is judged and scored; None is no answer."""
@@ -2120,20 +2121,19 @@ def keep_judge_counts(cfg, settings, before, after):
         write_settings(cfg.out, settings)
 
 
-def ask_until_readable(benchmark, chat, jobs, cfg):
+def raw_judgements(benchmark, chat, jobs, cfg):
     """The judge's raw replies. Greedy first; what cannot be read is asked again, warmer and with another seed,
     --judge-tries times in all."""
-    replies, open_jobs = [None] * len(jobs), list(range(len(jobs)))
-    ask = chat_in_json if benchmark.json_mode else chat_plainly
-    for attempt in range(max(1, cfg.judge_tries)):
-        if not open_jobs:
-            break
+    talk = chat_in_json if benchmark.json_mode else chat_plainly
+
+    def ask(attempt, open_jobs):
         settings = {"n": 1, "max_tokens": cfg.judge_tokens, "temperature": 0.5 if attempt else 0.0, "seed": attempt}
-        texts = ask(chat, [jobs[j].conversation for j in open_jobs], settings)
-        for j, text in zip(open_jobs, texts, strict=True):
-            replies[j] = text
-        open_jobs = [j for j in open_jobs if not benchmark.readable(jobs[j].item, jobs[j].question, replies[j])]
-    return replies
+        return talk(chat, [jobs[j].conversation for j in open_jobs], settings)
+
+    def readable(j, text):
+        return benchmark.readable(jobs[j].item, jobs[j].question, text)
+
+    return ask_until_readable(ask, len(jobs), readable, max(1, cfg.judge_tries))
 
 
 def chat_plainly(chat, conversations, settings):

@@ -31,6 +31,7 @@ from typing import Literal
 import rewards
 from model import (
     Completion,
+    ask_until_readable,
     data_dir,
     gather_objects,
     init_distributed,
@@ -420,36 +421,44 @@ def make_ask(cfg: Config, folder: Path, spent: dict):
         write_atomic(folder / "calls.jsonl", "")
 
     def ask(step, items, write, read, *, role="llm", temperature=0.0, seed=0, attempts=ATTEMPTS) -> list:
-        chat, values, pending = chats[roles[role]], [None] * len(items), list(range(len(items)))
+        chat = chats[roles[role]]
         before = dict(chat.tokens)
         if rank == 0:
             chat.progress = step
-        for attempt in range(attempts):
-            if not pending:
-                break
+
+        def once(attempt, pending):
+            """(reply, value) of each pending item."""
             talks = [as_messages(write(items[i])) for i in pending]
             own = range(rank, len(talks), world)
-            answered = chat.chat([talks[k] for k in own], max_tokens=cfg.max_tokens, temperature=temperature,
+            warmth = max(temperature, 0.7) if attempt else temperature  # a greedy reply would only come again
+            answered = chat.chat([talks[k] for k in own], max_tokens=cfg.max_tokens, temperature=warmth,
                                  seed=cfg.seed + seed + 1000 * attempt)
-            temperature = max(temperature, 0.7)  # of the next attempts: a greedy one would only repeat itself
             replies = dict(gather_objects([(k, reply) for k, [reply] in zip(own, answered, strict=True)]))
-            refused = [k for k in range(len(pending)) if replies[k].finish_reason == "refused"]
+            outcomes = []
             for k, i in enumerate(pending):
+                value = None
                 if replies[k].finish_reason == "stop":
-                    values[i] = read(items[i], replies[k])
+                    value = read(items[i], replies[k])
+                outcomes.append((replies[k], value))
             if rank == 0:
-                log_calls(folder, step, attempt, [(talks[k], replies[k], values[i]) for k, i in enumerate(pending)])
+                log_calls(folder, step, attempt, talks, outcomes)
+            refused = sum(reply.finish_reason == "refused" for reply in replies.values())
             spent[step]["calls"] += len(pending)
-            spent[step]["refused"] += len(refused)
+            spent[step]["refused"] += refused
             spent[step]["cut"] += sum(reply.finish_reason == "length" for reply in replies.values())
-            if len(refused) == len(pending) and attempt == 0:
+            if refused == len(pending) and attempt == 0:
                 raise InputError(f"{roles[role]}: all {len(pending)} requests of step {step!r} were refused "
                                  f"({replies[0].reasoning}); a smaller --max-tokens leaves more room for the prompt")
-            final = {pending[k] for k in refused}  # asked again, it would be refused again
-            pending = [i for i in pending if values[i] is None and i not in final]
+            return outcomes
+
+        def is_final(i, outcome):
+            reply, value = outcome
+            return value is not None or reply.finish_reason == "refused"  # it would be refused again
+
+        outcomes = ask_until_readable(once, len(items), is_final, attempts)
         for name, count in chat.tokens.items():
             spent[step][name] += round(sum_over_ranks(count - before[name]))
-        return values
+        return [value for _, value in outcomes]
 
     return ask
 
@@ -459,10 +468,10 @@ def as_messages(prompt) -> list[dict]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def log_calls(folder: Path, step: str, attempt: int, calls) -> None:
-    """Append (messages, reply, value) calls to calls.jsonl."""
+def log_calls(folder: Path, step: str, attempt: int, talks, outcomes) -> None:
+    """Append calls, messages with (reply, value), to calls.jsonl."""
     with open(folder / "calls.jsonl", "a", encoding="utf-8") as log:
-        for messages, reply, value in calls:
+        for messages, (reply, value) in zip(talks, outcomes, strict=True):
             row = {"step": step, "attempt": attempt, "used": value is not None, "messages": messages,
                    "reply": reply.text, "reasoning": reply.reasoning, "finish": reply.finish_reason}
             log.write(json.dumps(row, ensure_ascii=False) + "\n")

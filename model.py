@@ -1336,6 +1336,21 @@ class LocalChat:
         return replies
 
 
+def ask_until_readable(ask, count: int, readable, tries: int) -> list:
+    """`count` replies, of ask(attempt, positions); those for which readable(position, reply) fails are asked again.
+
+    `tries` times in all; what then still cannot be read is left as it came last.
+    """
+    replies, pending = [None] * count, list(range(count))
+    for attempt in range(tries):
+        if not pending:
+            break
+        for i, reply in zip(pending, ask(attempt, pending), strict=True):
+            replies[i] = reply
+        pending = [i for i in pending if not readable(i, replies[i])]
+    return replies
+
+
 def split_address(name: str) -> tuple[str, str]:
     """NAME[@URL] -> (name, URL or ""): with an address the model is served there, without one it is loaded here."""
     model, url = re.fullmatch(r"(.*?)(?:@(https?://\S+))?", name, re.S).groups()
