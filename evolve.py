@@ -35,6 +35,7 @@ from model import (
     data_dir,
     gather_objects,
     init_distributed,
+    is_main,
     judge_prompt,
     launch,
     markdown_table,
@@ -68,7 +69,7 @@ class Config:
     language: Literal["en", "zh", "both"] = "en"  # with --llm: language of the requests
     limit: int = 0  # use only so many requests, or recorded rows of each file; 0 = all
     dry_run: int = 0  # take so many requests through all steps, print what each step made, write no training files
-    types: str = "ifeval"  # types drawn for code: ifeval (25), all (64) or names a,b,…, which also choose recorded rows
+    types: str = "ifeval"  # types drawn for code: ifeval (25), all or names a,b,…, which also choose recorded rows
     max_constraints: int = 0  # leave out recorded rows with more; most that are drawn for code; 0 = all rows, 5 drawn
     answer_words: int = 0  # leave out recorded rows whose experts have longer answers; 0 = none
     judge_share: float = 0.5  # share of the requests that get judge-verified constraints; the others code-verified
@@ -508,7 +509,7 @@ def tally(counts: Counter, verdicts, reason: str) -> None:
 
 def keep(folder: Path, step: str, rows) -> None:
     """What a step made, as steps/NUMBER-step.jsonl."""
-    if init_distributed()[0] == 0:
+    if is_main():
         number = len(list((folder / "steps").glob("*.jsonl")))
         write_jsonl(folder / "steps" / f"{number}-{step}.jsonl", rows)
 
@@ -1239,7 +1240,7 @@ def check_settings(cfg: Config) -> None:
 def convert_raif(cfg: Config, folder: Path, counts: Counter) -> None:
     """train.jsonl and rl.jsonl of the released RAIF files, as they stand."""
     records = raif_records(cfg.raif, counts)
-    if init_distributed()[0] == 0:
+    if is_main():
         write_files(folder, {"train": [record for record in records if "expert" in record], "rl": records})
         print(markdown_table(("rows", "number"), sorted(counts.items())))
 

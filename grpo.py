@@ -469,7 +469,7 @@ def sample_lines(groups: list[Group]) -> list[dict]:
                 "constraints": [{"text": text, "met": met} for text, met in verdicts],
                 "reward": result.total, "format": result.format, "accuracy": result.accuracy,
                 "verdicts": result.verdicts, "guards": result.guards,
-                "all_met": all(result.verdicts), "format_ok": result.format > 0,
+                "all_met": all(result.verdicts), "format_ok": result.format_ok,
                 "finish_reason": response.finish_reason, "truncated": response.finish_reason == "length",
                 "advantage": response.sequence.advantage if trainable else None, "kept": not why, "why": why,
                 "tokens": len(sampled_logp), "nll": -sum(sampled_logp),

@@ -1844,7 +1844,7 @@ def show_samples(argv) -> None:
         fate = f"not trained on: {line['why']}"
         if line["kept"]:
             fate = f"trained on with advantage {line['advantage']:+.2f}"
-        if line["format"] < 0:
+        if not line.get("format_ok", True):
             fate += "; the format is wrong, so no constraint counts as met"
         if line["finish_reason"] == "length":
             fate += "; truncated"

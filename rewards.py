@@ -298,6 +298,7 @@ class Score:
     total: float
     verdicts: list[bool]  # one per active constraint, in order; of a math record: [correct]
     guards: list[str] = field(default_factory=list)
+    format_ok: bool = True  # whatever a reward of one's own makes of it
 
 
 def is_finite(value) -> bool:
@@ -311,7 +312,7 @@ def active_constraints(record: dict) -> list[dict]:
 
 
 def score(records, completions, *, judge=None, family="cold", direct=False, mode="unicode", variant="raif",
-          apply_guards=False, truncated=None) -> list[Score]:
+          truncated=None) -> list[Score]:
     """The rule-centric reward of whole assistant turns; `records[i]` belongs to `completions[i]`.
 
     An instruction with an invalid format, a blank answer or a blank or placeholder thought has accuracy -2, all
@@ -319,7 +320,7 @@ def score(records, completions, *, judge=None, family="cold", direct=False, mode
     direct=True (no-reasoning rollouts): no think check, the answer block or else all after the thought is the answer,
     format 0, total = accuracy. The judge gets all questions of the call at once; ValueError if it is missing.
     variant: a reward function or what `load_reward` takes; InputError if it returns other than two finite numbers.
-    truncated: a flag per completion, for `guards`; with apply_guards a raised one fails all.
+    truncated: a flag per completion, for `guards`.
     """
     reward = load_reward(variant)
     truncated = truncated or [False] * len(records)
@@ -335,7 +336,7 @@ def score(records, completions, *, judge=None, family="cold", direct=False, mode
         if record["task"] == "math":
             accuracy = math_reward(text, record["answer"])
             verdicts = [accuracy == 2.0]
-        elif valid[i] and not (apply_guards and raised):
+        elif valid[i]:
             verdicts = constraint_verdicts(record, parsed.answer, judged_verdicts[i], mode)
             accuracy = accuracy_reward(verdicts)
         else:
@@ -343,9 +344,10 @@ def score(records, completions, *, judge=None, family="cold", direct=False, mode
         judged = [c["kind"] == "judge" for c in active] or [False]
         parts = reward(Turn(record, text, parsed, verdicts, judged, form, accuracy))
         if not (isinstance(parts, tuple) and len(parts) == 2 and all(map(is_finite, parts))):
-            raise InputError(f"reward {variant!r} returned {parts!r}; return (format, accuracy), two finite numbers")
+            raise InputError(f"reward {variant!r} returned {parts!r}; return a tuple (format, accuracy) of two finite "
+                             "numbers")
         form, accuracy = map(float, parts)
-        scores.append(Score(form, accuracy, form + accuracy, verdicts, raised))
+        scores.append(Score(form, accuracy, form + accuracy, verdicts, raised, direct or parsed.format_ok))
     return scores
 
 
@@ -389,7 +391,7 @@ def lower_words(s: str) -> list[str]:
 
 
 def guards(answer: str, prompt: str, constraints=(), truncated: bool = False) -> list[str]:
-    """Names of the signs of reward hacking in an answer; they are reported, and change a reward only if asked to."""
+    """Names of the signs of reward hacking in an answer; they are reported, and change no reward."""
     t = text_of(answer[:MAX_CHARS])
     words = lower_words(t.s)
     flags = ["truncated"] if truncated else []
@@ -533,7 +535,7 @@ def same_value(gold: str, answer: str, seconds: float = MATH_SECONDS) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. The constraint library
 #
-# A new constraint type is one function in this section and one row in data/constraints.jsonl; nothing else lists types:
+# A new constraint type is one function in this section and one row in data/constraints.jsonl; nothing else changes:
 #
 #     @checker("keywords:once")
 #     def once(t, keyword):                         # the answer as a Text, then the row's arguments by their names
@@ -543,10 +545,15 @@ def same_value(gold: str, answer: str, seconds: float = MATH_SECONDS) -> bool:
 #      "wordings": {"en": ["Use \"{keyword}\" once."], "zh": ["“{keyword}”只出现一次。"]},
 #      "example": {"kwargs": {"keyword": "tea"}, "pass": "I like tea.", "fail": "Tea is tea."}}
 #
-# An argument is its type (see TYPES) and what random arguments are drawn from (see draw). In a wording `{n:item|items}`
-# is "item" where n is 1; the tests want three wordings in each language, and the row in one line. Optional fields:
-# "languages" of the requests that the type suits, "ood": true (held out, never trained on). Two types with a tag in
-# common, or one of which "avoids" a tag or the name of the other, are never asked for together.
+# `t.plain` is the text to look words up in (NOT_CJK is a word boundary that also holds beside Chinese); `t.words`,
+# `t.sentences`, `t.lines`, `t.items` are its parts, `t.s` is the raw text. An argument is its type (see TYPES) and what
+# random arguments are drawn from (see draw): ["count", 2, 4] a whole number from 2 to 4, ["limit", "at least",
+# "exactly"] one of these, ["text"] a word of data/phrases.json. Call words that must occur `keyword` or `keywords`: the
+# guard against stuffing counts them. In a wording `{n:item|items}` is "item" where n is 1; the tests want three of them
+# in each language, and the row in one line (`pytest tests/test_constraints.py -k once` runs yours). Optional fields:
+# "languages" of the requests that the type suits, "ood": true (held out, never trained on; a test counts those of the
+# shipped held-out file). Two types with a tag in common, or one of which "avoids" a tag or the name (what follows the
+# colon) of the other, are never asked for together. Optional extras: SLIPS below, WORDED in evolve.py.
 
 CHECKS: dict[str, Callable[..., bool]] = {}  # id -> checker(text, **arguments): the verdict of a careful reader
 COMPAT: dict[str, Callable[..., bool]] = {}  # IFEval's types as its authors score them
@@ -1631,8 +1638,29 @@ def phrases() -> dict:
 @lru_cache(maxsize=1)
 def constraint_rows() -> dict[str, dict]:
     """data/constraints.jsonl by id."""
-    rows = map(json.loads, (DATA / "constraints.jsonl").read_text(encoding="utf-8").splitlines())
-    return {row["id"]: row for row in rows}
+    rows = {}
+    for number, row in json_lines(DATA / "constraints.jsonl"):
+        try:
+            check_row(row)
+        except InputError as error:
+            raise InputError(f"data/constraints.jsonl:{number}: {row.get('id')}: {error}") from None
+        rows[row["id"]] = row
+    return rows
+
+
+def check_row(row: dict) -> None:
+    """Raise InputError for a constraint type's row that the functions below could not work with."""
+    for name in ("id", "arguments", "tags", "avoids", "wordings", "example"):
+        if name not in row:
+            raise InputError(f"field {name!r} is missing; see the head of the constraint library")
+    for name, spec in row["arguments"].items():
+        if spec[0] not in TYPES:
+            raise InputError(f"argument {name!r} is {spec!r}; write [type, ...], type one of {', '.join(TYPES)}")
+    for language in ("en", "zh"):
+        wordings = row["wordings"].get(language, [])
+        slots = set(re.findall(r"\{(\w+)", " ".join(wordings)))
+        if not wordings or not slots <= row["arguments"].keys():
+            raise InputError(f"wordings in {language!r} are missing, or have a slot that is no argument")
 
 
 def checked_arguments(constraint_id, kwargs) -> dict:

@@ -1,6 +1,7 @@
 """Checkers, samplers and wordings of every type: examples, scripts, properties, hostile texts."""
 
 import random
+import re
 import threading
 import time
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
-from rewards import CONSTRAINTS, check, check_loose, compatible, render
+from rewards import CONSTRAINTS, InputError, check, check_loose, compatible, render
 
 DRAFTS = {
     "en": [
@@ -450,3 +451,26 @@ def test_fuzz(text):
 @given(TEXTS)
 def test_fuzz_10000(text):
     check_everything(text, 10)
+
+
+def test_what_a_type_avoids_is_a_tag_or_a_name():
+    """A misspelled one, or a whole id, would avoid nothing."""
+    rows = rewards.constraint_rows()
+    known = {name for i, row in rows.items() for name in (i.partition(":")[2], *row["tags"])}
+    assert {i: set(row["avoids"]) - known for i, row in rows.items() if set(row["avoids"]) - known} == {}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"tags": None}, "field 'tags' is missing"),
+    ({"arguments": {"n": ["int"]}}, "argument 'n' is ['int']; write [type, ...]"),
+    ({"arguments": {"n": "count"}}, "argument 'n' is 'count'; write [type, ...]"),
+    ({"wordings": {"en": ["Use {n}."]}}, "wordings in 'zh' are missing"),
+    ({"wordings": {"en": ["Use {m}."], "zh": ["用{n}。"]}}, "a slot that is no argument"),
+])
+def test_a_mistake_in_a_row_is_named(change, message):
+    row = {"id": "content:n", "arguments": {"n": ["count", 2, 4]}, "tags": [], "avoids": [], "example": {},
+           "wordings": {"en": ["Use {n}."], "zh": ["用{n}。"]}}
+    rewards.check_row(row)
+    row = {name: value for name, value in (row | change).items() if value is not None}
+    with pytest.raises(InputError, match=re.escape(message)):
+        rewards.check_row(row)

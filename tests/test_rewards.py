@@ -181,7 +181,6 @@ def test_variants_and_guards():
     stuffed = turn("tea " * 30)
     result = score([record(TEA)], [stuffed])[0]
     assert result.accuracy == 2.0 and result.guards == ["keyword_stuffing"]
-    assert score([record(TEA)], [stuffed], apply_guards=True)[0].accuracy == -2.0
     assert score([record(TEA)], [turn("Tea.")], truncated=[True])[0].guards == ["truncated"]
     prompt = "Please write a long and careful letter to my old friend about green tea and milk."
     assert rewards.guards(prompt, prompt) == ["prompt_copied"]
