@@ -25,6 +25,7 @@ Suffixes: N items, G groups of items, R bootstrap resamples, M metrics, B sequen
 
 import ast
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -68,6 +69,7 @@ from model import (
     records_path,
     render_prompt,
     split_address,
+    spread,
     token_batches,
     token_logprobs,
     write_atomic,
@@ -266,11 +268,6 @@ def mean(values):
     return float(sum(values) / len(values)) if values else None
 
 
-def spread(items, n):
-    """`n` of the items at even distances (all of them if there are fewer)."""
-    return [items[k * len(items) // n] for k in range(n)] if n < len(items) else list(items)
-
-
 # ---------------------------------------------------------------- benchmarks: what they have in common
 
 
@@ -338,7 +335,7 @@ class Benchmark:
 
     def open_judge(self, cfg):
         """What answers the questions: here the chat function of a served or a local model."""
-        return open_chat(cfg.judge, precision=cfg.precision, cache=Path(cfg.out) / "judge_cache", timeout=600,
+        return open_chat(cfg.judge, precision=cfg.precision, cache=judge_cache(cfg), timeout=600,
                          skip_refused=True).chat
 
     def ask(self, judge, jobs, cfg):
@@ -825,13 +822,17 @@ class ComplexBench(Benchmark):
                                      question=entry["question"]))
 
     def readable(self, item, question, reply):
-        return item.record["scoring_questions"][question]["rule"] is not None or read_yes(reply)[1]
+        if item.record["scoring_questions"][question]["rule"] is not None:
+            return reply.strip() != ""  # a refusal; any other text names spans, or none
+        return read_yes(reply)[1]
 
     def verdict(self, item, answer, replies, protocol):
         questions, raw, unparsable = item.record["scoring_questions"], [], 0
         for k, question in enumerate(questions):
             reply = replies.get(k)
             if question["rule"] is not None:
+                if reply is not None and not reply.strip():
+                    reply, unparsable = None, unparsable + 1
                 raw.append(self.rule_verdict(question["rule"], reply, answer, protocol))
             elif reply is None:
                 raw.append(False)
@@ -1517,10 +1518,19 @@ class RecordFile(Benchmark):
     def load(self, folder=None):
         items = []
         for record in rewards.read_records(self.path):
-            active = [c for c in record.get("constraints", []) if c["active"]]
+            chance = record.get("chance")
+            if chance is None:
+                record.pop("chance", None)
+            elif not isinstance(chance, int | float) or not 0 <= chance <= 1:
+                raise InputError(f"{self.path}: record {record['id']!r}: field 'chance': {chance!r} is no share from 0 "
+                                 "to 1; give a number, or remove it")
+            if not isinstance(record.get("ood", False), bool):
+                raise InputError(f"{self.path}: record {record['id']!r}: field 'ood': is not true or false")
+            active = rewards.active_constraints(record)
             count = sum(c["kind"] == "judge" for c in active)
+            plan = [c.get("text") or c.get("question") for c in active if c.get("text") or c.get("question")]
             items.append(make_item(record["id"], record["messages"], record.get("language", "en"), record,
-                                   questions=list(range(count)), plan=[c["text"] for c in active]))
+                                   questions=list(range(count)), plan=plan))
         return items
 
     def conversation(self, item, answer, question, replies):
@@ -1529,7 +1539,7 @@ class RecordFile(Benchmark):
         return item.messages[-1]["content"], answer, questions[question]
 
     def open_judge(self, cfg):
-        return make_judge(cfg.judge, precision=cfg.precision, cache=Path(cfg.out) / "judge_cache")
+        return make_judge(cfg.judge, precision=cfg.precision, cache=judge_cache(cfg))
 
     def ask(self, judge, jobs, cfg):
         verdicts = judge([job.conversation for job in jobs]) if jobs else []
@@ -1549,7 +1559,7 @@ class RecordFile(Benchmark):
         if item.record["task"] == "math":
             correct = answer is not None and rewards.math_reward(answer, item.record["answer"]) == 2.0
             return counts | {"kinds": ["math"], "strict": [correct], "loose": [correct]}
-        kinds = [c.get("id", "judge") for c in item.record["constraints"] if c["active"]]
+        kinds = [c.get("id") or "judge" for c in item.record["constraints"] if c["active"]]
         return counts | {"kinds": kinds, "strict": holding(item, answer, replies, rewards.check),
                          "loose": holding(item, answer, replies, rewards.check_loose)}
 
@@ -1781,7 +1791,8 @@ def answer_sr(writer, items):
         better = writer.replies([items[n] for n in unfinished], "io", requests)
         changed = []
         for n, reply in zip(unfinished, better, strict=True):
-            if not writer.answer(reply).strip().startswith("DONE"):
+            improved = writer.answer(reply).strip()
+            if improved and not improved.startswith("DONE"):  # a blank or refused improvement is none
                 replies[n] = reply
                 changed.append(n)
         unfinished = changed
@@ -1857,6 +1868,12 @@ def model_stamp(name):
     """Changes when a local model folder is rewritten, so that its old answers are not taken for the new model's."""
     weights = sorted(Path(name).glob("*.safetensors"))
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]
+
+
+def judge_cache(cfg):
+    """Folder of the judge's finished replies: another one for another address and for rewritten weights."""
+    judge = json.dumps([cfg.judge, model_stamp(split_address(cfg.judge)[0])])
+    return Path(cfg.out) / "judge_cache" / hashlib.sha256(judge.encode()).hexdigest()[:16]
 
 
 def row_files(run, label, folder="rows"):
@@ -2021,7 +2038,9 @@ def add_perplexity(task, rows):
     """Measure the perplexity of rows that lack it, on the same items in every row, and store it with the row."""
     cfg, loaded = task.cfg, None
     chosen = spread(range(len(task.items)), cfg.perplexity_items)
-    base = {"model": cfg.base_model, "answers": len(chosen)}
+    ids = json.dumps([task.items[n].id for n in chosen])
+    base = {"model": cfg.base_model, "stamp": model_stamp(cfg.base_model), "answers": len(chosen),
+            "ids": hashlib.sha256(ids.encode()).hexdigest()[:16]}
     for settings, outputs in rows.values():
         measured = settings["perplexity"] or {}
         if chosen and measured.get("base") != base:
@@ -2362,14 +2381,15 @@ def row_pairs(labels):
 
 def difference_section(columns, what):
     """columns: {benchmark or split: {"A − B": figure}}."""
-    unclear = {}
-    for title, column in columns.items():
-        for pair, figure in column.items():
-            unclear.setdefault(pair, [])
-            if figure and figure["low"] is not None and figure["low"] <= 0 <= figure["high"]:
-                unclear[pair].append(title.partition(" (n=")[0])
-    reading = {pair: f"the interval includes 0 ({', '.join(titles)}): no difference shown" if titles else "clear of 0"
-               for pair, titles in unclear.items()}
+    reading = {}
+    for pair in dict.fromkeys(itertools.chain.from_iterable(columns.values())):
+        figures = {title.partition(" (n=")[0]: column.get(pair) for title, column in columns.items()}
+        known = {title: figure for title, figure in figures.items() if figure and figure["low"] is not None}
+        unclear = [title for title, figure in known.items() if figure["low"] <= 0 <= figure["high"]]
+        if unclear:
+            reading[pair] = f"the interval includes 0 ({', '.join(unclear)}): no difference shown"
+        else:
+            reading[pair] = "clear of 0" if known else "no figure"
     return [f"## Differences between rows\n\n{what}, in percentage points; paired by prompt.\n",
             figure_table("rows", columns | {"reading": reading}, "+")]
 
@@ -2805,7 +2825,7 @@ def prepare(names, folder, opener=urllib.request.urlopen):
 
 def measure_judge(cfg):
     """--judge-agreement: a judge against labels; one JSON object on stdout, the verdicts in the run folder."""
-    judge = make_judge(cfg.judge, precision=cfg.precision, cache=Path(cfg.out) / "judge_cache")
+    judge = make_judge(cfg.judge, precision=cfg.precision, cache=judge_cache(cfg))
     if judge is None:
         raise InputError("--judge-agreement: which judge? give --judge NAME (loaded here) or NAME@URL (served)")
     agreement, verdicts = judge_agreement(judge, cfg.judge_agreement, cfg.limit)
@@ -2815,8 +2835,12 @@ def measure_judge(cfg):
 
 def benchmark_names(cfg):
     """The benchmarks of --benchmarks; none if it is a record file."""
-    names = [name.strip() for name in cfg.benchmarks.split(",")] if cfg.benchmarks else []
-    return names if all(name in BENCHMARKS for name in names) else []
+    names = [name.strip() for name in cfg.benchmarks.split(",") if name.strip()]
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown and len(names) > 1 and not Path(cfg.benchmarks).exists():
+        raise InputError(f"--benchmarks: {unknown[0]!r} is unknown; give some of {', '.join(BENCHMARKS)}, or a record "
+                         "file")
+    return [] if unknown else names
 
 
 def load_tasks(cfg):
@@ -2876,8 +2900,17 @@ def model_loader(cfg):
     return load
 
 
+def check_settings(cfg):
+    least = {"limit": 0, "max_new_tokens": 0, "perplexity_items": 0, "refine_turns": 0, "resamples": 1, "chunk": 1,
+             "samples": 1, "thought_tokens": 1, "judge_tokens": 1, "judge_tries": 1}
+    for name, lowest in least.items():
+        if getattr(cfg, name) < lowest:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least {lowest}")
+
+
 def main(argv=None):
     cfg = parse_flags(Config, argv, PRESETS)
+    check_settings(cfg)
     names = benchmark_names(cfg)
     cfg.out = cfg.out or ("runs/benchmarks" if names or cfg.table else "runs/evaluate")
     cfg.max_new_tokens = cfg.max_new_tokens or (4096 if names else 200)

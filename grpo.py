@@ -85,7 +85,7 @@ class Config:
     # machine
     warmup: float = 0.03  # share of lr_horizon with linear warm-up
     lr_horizon: int = 0  # optimizer steps until the cosine reaches a tenth of the peak; 0 = twice the run
-    max_prompt_tokens: int = 1024  # longer prompts are left out, and counted
+    max_prompt_tokens: int = 1024  # records with longer prompts are not rolled out
     micro_tokens: int = 1024  # tokens per micro-batch, padding included
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic; master weights are float32
     engine: Literal["hf", "vllm"] = "hf"  # rollout engine; vllm: CUDA only, under torchrun
@@ -170,7 +170,8 @@ def grpo_loss(logp_BT, old_logp_BT, ref_logp_BT, advantages_B, mask_BT, *, clip_
     # L_policy = −mean_i mean_t min(ρ A, clip(ρ, 1−ε, 1+ε) A), ρ = π_θ / π_old
     ratio_BT = log_ratio_BT.exp()
     clipped_BT = ratio_BT.clamp(1 - clip_eps, 1 + (clip_high or clip_eps))
-    policy_loss = -(weights_BT * torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)).sum()
+    surrogate_BT = torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
+    policy_loss = -(weights_BT * torch.where(mask_BT, surrogate_BT, 0.0)).sum()
 
     # L_KL = mean_i mean_t (exp(−Δ) − 1 + Δ), Δ = log π_θ − log π_ref  (k3: unbiased, never negative)
     kl = torch.zeros_like(policy_loss)
@@ -341,8 +342,7 @@ def load_dev(cfg: Config, records_path: Path, tokenizer) -> list[dict]:
     if cfg.dev_prompts == 0 or not (cfg.dev or path.exists()):
         return []
     usable = [record for record in deactivate_judge_constraints(read_records(path)) if record["task"] == "instruction"]
-    stride = max(1, len(usable) // cfg.dev_prompts)
-    return render(usable[::stride][: cfg.dev_prompts], tokenizer, cfg)
+    return m.spread(render(usable, tokenizer, cfg), cfg.dev_prompts)
 
 
 def draw(pool: list, name: str, start: int, count: int, seed: int) -> list:
@@ -523,7 +523,7 @@ def update_metrics(totals: Counter, updates: list[Update], cfg: Config) -> dict:
     for name in ("policy_loss", "kl", "clip_share", "bc_loss"):
         metrics["loss/" + name.removesuffix("_loss")] = m.sum_over_ranks(totals[name]) / cfg.updates
     for name in ("grad_norm", "grad_norm_policy", "grad_norm_bc"):  # of all ranks already, and of finite updates alone
-        metrics["loss/" + name] = totals[name] / max(1, cfg.updates - totals["nonfinite"])
+        metrics["loss/" + name] = totals[name] / (cfg.updates - totals["nonfinite"] or math.nan)
     return metrics
 
 
@@ -535,7 +535,7 @@ def dev_metrics(engine, policy, tokenizer, records: list[dict], cfg: Config) -> 
     if not records:
         return {}
     rank, world = m.init_distributed()
-    greedy = replace(cfg, group=1, direct=0, temperature=0.0)
+    greedy = replace(cfg, group=1, direct=0, temperature=0.0, reward="raif")
     groups = rollout(engine, policy, records[rank::world], 0, greedy)
     score_groups(groups, None, greedy)
     lines, by_id = sample_lines(groups), {record["id"]: record for record in records}

@@ -15,9 +15,11 @@ import errno
 import functools
 import hashlib
 import html
+import importlib.util
 import inspect
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -86,10 +88,11 @@ def parse_flags(config_class, argv=None, presets=None):
         elif field:
             add_flag(block, field[1], hints[field[1]], getattr(defaults, field[1]), field[2])
     given = {name: value for name, value in vars(parser.parse_args(words)).items() if value is not None}
-    values = {**presets[given.pop("preset")], **given} if "preset" in given else given
-    if values.get("resume") and "force" in hints:
-        values = resumed_settings(values, config_class)
-    return config_class(**values)
+    preset = presets[given.pop("preset")] if "preset" in given else {}
+    if given.get("resume") and "force" in hints:
+        folder = {"out": preset["out"]} if "out" in preset else {}
+        return config_class(**resumed_settings({**folder, **given}, config_class))
+    return config_class(**{**preset, **given})
 
 
 def add_flag(block, name: str, kind, default, help_text: str) -> None:
@@ -202,8 +205,8 @@ def init_distributed() -> tuple[int, int]:
 
 
 def is_main() -> bool:
-    """Is this rank 0, the one that writes files and messages?"""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    """Is this rank 0, the one that writes files and messages? Also known before the processes have met."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def device() -> torch.device:
@@ -263,6 +266,7 @@ def take_gradients(model) -> tuple[float, list]:
             dist.all_reduce(gradient)
         gradients.append(gradient)
         parameter.grad = None
+    keep_freed_memory(trim=True)
     return whole(torch.nn.utils.get_total_norm(gradients)).item(), gradients
 
 
@@ -735,6 +739,11 @@ def load_experts(path, tokenizer, family: str, limit: int, count: int = 0) -> li
     records = [record for record in read_records(path) if record.get("expert")][: count or None]
     experts = [encode_expert(tokenizer, record, family) for record in records]
     return filter_and_count(experts, lambda sequence: len(sequence.ids) <= limit, f"experts exceed {limit} tokens")
+
+
+def spread(items, n: int) -> list:
+    """`n` of the items at even distances (all of them if there are fewer)."""
+    return [items[k * len(items) // n] for k in range(n)] if n < len(items) else list(items)
 
 
 def filter_and_count(items: list, wanted, what: str) -> list:
@@ -1399,14 +1408,14 @@ def judge_prompt(instruction: str, answer: str, question: str) -> str:
 class LocalJudge:
     """A causal language model as judge: yes iff log p("yes") > log p("no") as its reply (the published training judge).
 
-    Its own tokenizer and chat template are used. The prompts of one answer differ only in the question, so that they
-    are one pack (packed_logprobs), and `budget` tokens go through the model at a time. A prompt longer than
-    `max_tokens` loses the middle of the answer (then of the instruction), never of the question; such answers are
-    counted in `truncated`.
+    Its own tokenizer and chat template are used; packs want full attention in every layer, as LLaMA and Qwen have it.
+    The prompts of one answer differ only in the question, so that they are one pack (packed_logprobs), and `budget`
+    tokens go through the model at a time. A prompt longer than `max_tokens` loses the middle of the answer (then of
+    the instruction), never of the question; such answers are counted in `truncated`.
     """
 
     def __init__(self, model, tokenizer, *, max_tokens: int = 4096, budget: int = 8192):
-        self.model, self.tokenizer, self.budget = model, tokenizer, budget
+        self.model, self.tokenizer, self.budget = model.to(device()), tokenizer, budget
         self.max_tokens = min(max_tokens, getattr(model.config, "max_position_embeddings", max_tokens))
         self.replies = [self._ids("yes"), self._ids("no")]
         self.asked = self.truncated = self.unreadable = 0
@@ -1463,7 +1472,8 @@ class EndpointJudge:
 
     The verdict is read from the first token's alternatives where a completion has them (`top_logprobs`: one dict
     token -> log p per position), else from the text. An unreadable or missing reply is False, counted in `unreadable`;
-    a call in which most are unreadable says so on stderr.
+    a call in which most are unreadable says so on stderr, and a server that refuses all of the first call is an
+    InputError.
     """
 
     def __init__(self, chat, *, max_tokens: int = 16):
@@ -1473,6 +1483,10 @@ class EndpointJudge:
     def __call__(self, items) -> list[bool]:
         conversations = [[{"role": "user", "content": judge_prompt(*item)}] for item in items]
         replies = self.chat(conversations, n=1, max_tokens=self.max_tokens, temperature=0.0, stop=(), seed=0)
+        refused = [reply[0] for reply in replies if reply and getattr(reply[0], "finish_reason", "") == "refused"]
+        if not self.asked and 1 < len(items) == len(refused):
+            raise InputError(f"the judge's server refused all of {len(items)} questions ({refused[0].reasoning}); it "
+                             "has to allow logprobs and top_logprobs, and prompts of this length")
         verdicts = [read_verdict(reply[0]) if reply else None for reply in replies]
         self.asked += len(items)
         self.unreadable += verdicts.count(None)
@@ -1587,6 +1601,8 @@ def prepare(model, cfg, dtype) -> None:
 def open_run(folder: str | Path, config, *, resume: bool = False) -> Path:
     """Create (or, with resume, reopen) a run folder and store the settings in it; rank 0 writes.
 
+    Settings that a training run is resumed with are stored only once it has been (Run.restore).
+
     An earlier run of the same name is moved to NAME.1, NAME.2 … rather than overwritten.
     """
     folder, model = Path(folder), getattr(config, "model", "")
@@ -1601,12 +1617,18 @@ def open_run(folder: str | Path, config, *, resume: bool = False) -> Path:
             folder.rename(kept)
             print(f"an earlier run was here: moved to {kept}", file=sys.stderr)
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        settings = json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False)
-        write_atomic(folder / "config.json", settings + "\n")
-        print(f"{folder}: {settings}", file=sys.stderr)
+        if not (resume and hasattr(config, "force")):
+            write_config(folder, config)
     if dist.is_initialized():
         dist.barrier()
     return folder
+
+
+def write_config(folder: Path, config) -> None:
+    """RUN/config.json, and the same on stderr."""
+    settings = json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False)
+    write_atomic(folder / "config.json", settings + "\n")
+    print(f"{folder}: {settings}", file=sys.stderr)
 
 
 def records_path(given: str, default: str, shipped: str) -> Path:
@@ -1666,26 +1688,27 @@ def load_training_state(model, optimizer, state: dict) -> None:
     dcp.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
 
 
-def save_checkpoint(run: Path, model, optimizer, step: int, *, keep: int = 1) -> None:
-    """Everything to resume after `step` from, as checkpoint/step-N.pt, complete or not there; the last `keep` stay.
+def save_checkpoint(run: Path, model, optimizer, done: dict, *, keep: int = 1) -> None:
+    """Everything to resume from as checkpoint/step-N.pt, complete or not there; the last `keep` stay.
 
-    All ranks call, and no rank leaves before the file is there: torchrun stops all as soon as one has gone.
+    `done`: the "step" and other numbers to continue with. All ranks call, and no rank leaves before the file is there:
+    torchrun stops all as soon as one has gone.
     """
-    state, folder = {**training_state(model, optimizer), "step": step}, run / "checkpoint"
+    state, folder = {**training_state(model, optimizer), **done}, run / "checkpoint"
     if is_main():
         folder.mkdir(exist_ok=True)
         with open(folder / "state.tmp", "wb") as file:  # given a path, torch does not say that the disk is full
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(folder / "state.tmp", folder / f"step-{step:06d}.pt")
+        os.replace(folder / "state.tmp", folder / f"step-{done['step']:06d}.pt")
         for old in sorted(folder.glob("step-*.pt"))[:-keep]:
             old.unlink()
     sum_over_ranks(0.0)
 
 
-def load_checkpoint(run: Path, model, optimizer) -> int:
-    """Set model and optimizer to the last checkpoint; forget log lines after it. Returns its step."""
+def load_checkpoint(run: Path, model, optimizer) -> dict:
+    """Set model and optimizer to the last checkpoint; forget log lines after it. Returns what else it holds."""
     saved = sorted((run / "checkpoint").glob("step-*.pt"))
     if not saved:
         raise InputError(f"{run / 'checkpoint'}: no checkpoint to resume from; start without --resume")
@@ -1694,7 +1717,7 @@ def load_checkpoint(run: Path, model, optimizer) -> int:
     if is_main():
         rows = [row for row in read_jsonl(run / "metrics.jsonl") if row["step"] <= state["step"]]
         write_jsonl(run / "metrics.jsonl", rows)
-    return state["step"]
+    return {name: value for name, value in state.items() if name not in ("model", "optimizer")}
 
 
 def stop_signals():
@@ -1734,6 +1757,8 @@ class Run:
 
     def __init__(self, cfg, total: int, unit: str):
         self.cfg, self.seconds, self.step, self.history = cfg, Counter(), 0, []
+        self.saved, self.best = 0, -math.inf  # step of the last regular save, best mean of keep_best
+        check_trackers(cfg.log)
         self.folder = open_run(cfg.out, cfg, resume=cfg.resume)
         self.trackers = open_trackers(cfg, self.folder) if is_main() else []
         self.stopping = stop_signals()
@@ -1742,7 +1767,10 @@ class Run:
     def restore(self, model, optimizer) -> None:
         """With --resume: weights, optimizer, step and history of the last checkpoint."""
         if self.cfg.resume:
-            self.step = load_checkpoint(self.folder, model, optimizer)
+            done = load_checkpoint(self.folder, model, optimizer)
+            self.step, self.saved, self.best = done["step"], done["saved"], done["best"]
+            if is_main():
+                write_config(self.folder, self.cfg)
             self.history = gather_objects(read_jsonl(self.folder / "metrics.jsonl") if is_main() else [])
             self.bar.initial = self.bar.n = self.step
 
@@ -1778,43 +1806,47 @@ class Run:
 
     def keep_best(self, model, tokenizer, name: str) -> None:
         """At a save: RUN/best becomes the model if the mean of a metric since the save before is the highest so far."""
-        size = self.cfg.save_every
-        values = [row[name] for row in self.history]
-        *earlier, last = [float(np.mean(values[i : i + size])) for i in range(0, len(values), size)]
-        if last > max(earlier, default=-np.inf):
+        mean = float(np.mean([row[name] for row in self.history if row["step"] > self.saved]))
+        if mean > self.best:
+            self.best = mean
             write_model(model, tokenizer, self.folder / "best")
 
     def save_or_stop(self, model, optimizer, save: bool) -> None:
         """A checkpoint if it is time for one, or if a signal came: then the run ends here. All ranks call."""
-        keep_freed_memory(trim=True)
         stopping = self.stopping()
+        if save:
+            self.saved = self.step
         if save or stopping:
-            save_checkpoint(self.folder, model, optimizer, self.step, keep=self.cfg.keep)
+            done = {"step": self.step, "saved": self.saved, "best": self.best}
+            save_checkpoint(self.folder, model, optimizer, done, keep=self.cfg.keep)
         if stopping and self.step < self.bar.total:
             raise KeyboardInterrupt
         if self.step == self.bar.total:
             self.bar.close()
 
 
+def check_trackers(log: str) -> None:
+    """Raise InputError, on every rank and before a folder is made, for a tracker that is unknown or not installed."""
+    for name in filter(None, log.split(",")):
+        if name not in ("tensorboard", "wandb"):
+            raise InputError(f"--log {log}: {name!r} is unknown; give tensorboard, wandb, or both with a comma")
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"--log {log}: {name} is not installed; pip install {name}, or leave --log out")
+
+
 def open_trackers(cfg, folder: Path) -> list:
     """Functions (numbers by name, step) -> None that send a line of metrics to the trackers named in --log."""
-    trackers = []
-    for name in filter(None, cfg.log.split(",")):
-        try:
-            if name == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
+    trackers, names = [], cfg.log.split(",")
+    if "tensorboard" in names:
+        from torch.utils.tensorboard import SummaryWriter
 
-                writer = SummaryWriter(str(folder / "tensorboard"))
-                trackers.append(functools.partial(write_scalars, writer))
-            elif name == "wandb":
-                import wandb
+        writer = SummaryWriter(str(folder / "tensorboard"))
+        trackers.append(functools.partial(write_scalars, writer))
+    if "wandb" in names:
+        import wandb
 
-                wandb.init(project="raif", name=folder.name, dir=str(folder), config=vars(cfg))
-                trackers.append(wandb.log)
-            else:
-                raise InputError(f"--log {cfg.log}: {name!r} is unknown; give tensorboard, wandb, or both with a comma")
-        except ImportError as error:
-            raise InputError(f"--log {cfg.log}: {error}; pip install {name}, or leave --log out") from error
+        wandb.init(project="raif", name=folder.name, dir=str(folder), config=vars(cfg))
+        trackers.append(wandb.log)
     return trackers
 
 
@@ -1844,7 +1876,7 @@ def show_samples(argv) -> None:
         fate = f"not trained on: {line['why']}"
         if line["kept"]:
             fate = f"trained on with advantage {line['advantage']:+.2f}"
-        if not line.get("format_ok", True):
+        if line["task"] == "instruction" and not line.get("format_ok", True):
             fate += "; the format is wrong, so no constraint counts as met"
         if line["finish_reason"] == "length":
             fate += "; truncated"

@@ -136,7 +136,8 @@ def main(argv=None):
         if epoch_ends:
             with run.clock("validation"):
                 metrics["loss/val"] = validate(policy, val, cfg, dtype)
-            best = min((row["loss/val"] for row in run.history if "loss/val" in row), default=math.inf)
+            earlier = [row["loss/val"] for row in run.history if "loss/val" in row]
+            best = min(filter(math.isfinite, earlier), default=math.inf)
             metrics["kept"] = metrics["loss/val"] < best
             if metrics["kept"]:
                 m.write_model(policy, tokenizer, run.folder / "model")

@@ -877,3 +877,13 @@ def test_tables_of_the_paper(tmp_path, capsys):
         with pytest.raises(InputError, match="--protocol raif"):
             evaluate.main(["--table", name, "--runs", str(tmp_path / "Ours")])
     evaluate.main(["--table", "2", "--runs", str(tmp_path / "Ours")])  # whose columns do not depend on the protocol
+
+
+def test_a_refused_reply_on_a_rule_question_meets_nothing():
+    """The rule "forbidden" would hold for a reply that names no span; a blank one names nothing because it is none."""
+    benchmark = evaluate.BENCHMARKS["complexbench"]
+    question = {"question": "Is it free of it?", "rule": "model_forbidden_word:tea", "dep": []}
+    item = evaluate.make_item("1", [{"role": "user", "content": "Write."}], "zh", {"scoring_questions": [question]})
+    assert not benchmark.readable(item, 0, " ") and benchmark.readable(item, 0, "[]")
+    verdict = benchmark.verdict(item, "milk", {0: " "}, "corrected")
+    assert verdict["met"] == [False] and verdict["unparsable"] == 1

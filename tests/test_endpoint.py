@@ -169,6 +169,8 @@ def test_what_a_server_refuses_is_an_unreadable_verdict_and_said(server, capsys)
     assert m.judge_counts(judge) == {"judge/asked": 4, "judge/unreadable": 3, "judge/truncated": 0}
     assert "3 of 4 verdicts of the judge cannot be read, count as no" in capsys.readouterr().err
     assert m.judge_counts(None) == {}
+    with pytest.raises(InputError, match="refused all of 3 questions .*top_logprobs"):
+        m.make_judge(f"toy@{server}")(items[1:])
 
 
 @pytest.mark.slow

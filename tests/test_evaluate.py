@@ -493,3 +493,47 @@ def test_judge_agreement(tmp_path, capsys, monkeypatch):
     path.write_text('{"instruction": "Write.", "answer": "tea", "question": "Is it?", "label": "yes"}\n')
     with pytest.raises(evaluate.InputError, match=r"labels.jsonl:1: field 'label'"):
         evaluate.judge_agreement(Judge(), path)
+
+
+def test_fields_of_a_users_own_file(tmp_path):
+    """Without text, chance and ood a record is fine; a chance or ood that cannot be used is named."""
+    bare = record("r1", [{**TEA, "text": None}])
+    math = {**record("m1", [TEA]), "task": "math", "answer": "4", "constraints": None}
+    path = tmp_path / "own.jsonl"
+    write(path, [bare, math, {**bare, "id": "r2", "chance": None}])
+    items = evaluate.RecordFile(path).load()
+    assert [(item.questions, item.plan, "chance" in item.record) for item in items] == [([], [], False)] * 3
+    for wrong, message in (({"chance": "0.5"}, "'chance': '0.5' is no share"), ({"chance": 2}, "'chance': 2 is no"),
+                           ({"ood": "false"}, "'ood': is not true or false")):
+        write(path, [bare | wrong])
+        with pytest.raises(InputError, match=f"own.jsonl: record 'r1': field {message}"):
+            evaluate.RecordFile(path).load()
+
+
+@pytest.mark.parametrize("flag, value", [("--resamples", 0), ("--limit", -1), ("--chunk", 0), ("--thought-tokens", 0)])
+def test_a_setting_below_its_least_is_named(flag, value):
+    with pytest.raises(InputError, match=f"{flag} {value}: must be at least"):
+        main([flag, value])
+
+
+def test_an_unknown_benchmark_among_others_is_named():
+    with pytest.raises(InputError, match="'celo' is unknown; give some of ifeval"):
+        main(["--benchmarks", "ifeval,celo", "--model", "x"])
+
+
+def test_a_difference_without_a_figure_is_not_clear_of_0():
+    columns = {"FB-Bench": {"A − B": None, "A − C": {"value": 5.0, "low": 1.0, "high": 9.0, "n": 4}}}
+    text = evaluate.difference_section(columns, "Headline")[1]
+    assert re.search(r"A − B \|.*no figure", text) and re.search(r"A − C \|.*clear of 0", text)
+
+
+def test_a_rewritten_judge_has_replies_of_its_own(tmp_path):
+    judge = tmp_path / "judge"
+    judge.mkdir()
+    cfg, caches = Config(judge=str(judge), out=str(tmp_path)), set()
+    for weights in (b"1", b"22"):
+        (judge / "model.safetensors").write_bytes(weights)
+        caches.add(evaluate.judge_cache(cfg))
+    caches.add(evaluate.judge_cache(Config(judge="toy@http://one/v1", out=str(tmp_path))))
+    caches.add(evaluate.judge_cache(Config(judge="toy@http://two/v1", out=str(tmp_path))))
+    assert len(caches) == 4

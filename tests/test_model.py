@@ -305,9 +305,9 @@ def test_a_resumed_run_keeps_its_settings(tmp_path, capsys):
     assert (cfg.lr, cfg.epochs, cfg.resume, cfg.force) == (0.5, 7, True, False)
     cfg = m.parse_flags(sft.Config, [*given, "--micro-tokens", 99], sft.PRESETS)
     assert cfg.micro_tokens == 99 and "--micro-tokens is now 99, was 1024" in capsys.readouterr().err
-    for change in (["--lr", 0.1], ["--preset", "paper"]):
-        with pytest.raises(InputError, match="would change the course of this run"):
-            m.parse_flags(sft.Config, [*given, *change], sft.PRESETS)
+    with pytest.raises(InputError, match="--lr 0.1 would change the course of this run, which has 0.5"):
+        m.parse_flags(sft.Config, [*given, "--lr", 0.1], sft.PRESETS)
+    assert m.parse_flags(sft.Config, [*given, "--preset", "paper"], sft.PRESETS).epochs == 7  # it is the folder's now
     assert m.parse_flags(sft.Config, [*given, "--lr", 0.1, "--force"], sft.PRESETS).lr == 0.1
     with pytest.raises(InputError, match="no run to resume"):
         m.parse_flags(sft.Config, ["--out", tmp_path / "other", "--resume"], sft.PRESETS)
@@ -327,11 +327,25 @@ def test_the_best_span_between_saves_is_kept(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(m, "write_model", lambda model, tokenizer, folder: written.append(len(run.history)))
     run = m.Run(Books(tmp_path / "run"), 6, "step")
+    monkeypatch.setattr(m, "save_checkpoint", lambda *args, **settings: None)
     for step, reward in enumerate([1.0, 1.0, -1.0, 2.0, 2.0, 2.0], 1):  # means 1, 0.5 and 2
         run.log({"step": step, "reward/mean": reward})
         if step % 2 == 0:
             run.keep_best(None, None, "reward/mean")
+        run.save_or_stop(None, None, step % 2 == 0)
     assert written == [2, 6]
+
+
+def test_a_resume_that_fails_leaves_the_settings_as_they_were(tmp_path, monkeypatch):
+    folder = m.open_run(tmp_path / "run", sft.Config(lr=0.5))
+    cfg = sft.Config(out=str(folder), lr=0.1, resume=True, force=True)
+    run = m.Run(cfg, 1, "update")
+    with pytest.raises(InputError, match="no checkpoint"):
+        run.restore(None, None)
+    assert '"lr": 0.5' in (folder / "config.json").read_text()
+    monkeypatch.setattr(m, "load_checkpoint", lambda *args: {"step": 0, "saved": 0, "best": 0.0})
+    run.restore(None, None)
+    assert '"lr": 0.1' in (folder / "config.json").read_text()
 
 
 def test_trackers_get_the_numbers_of_each_line(tmp_path, monkeypatch):
@@ -450,12 +464,12 @@ def test_the_last_checkpoints_stay_and_the_log_goes_back_to_them(tmp_path):
     for step in range(1, 5):
         model(torch.ones(2)).sum().backward()
         optimizer.step()
-        m.save_checkpoint(tmp_path, model, optimizer, step, keep=2)
+        m.save_checkpoint(tmp_path, model, optimizer, {"step": step, "best": 0.5}, keep=2)
         m.append_jsonl(tmp_path / "metrics.jsonl", {"step": step})
     m.append_jsonl(tmp_path / "metrics.jsonl", {"step": 5})
     assert sorted(f.name for f in (tmp_path / "checkpoint").iterdir()) == ["step-000003.pt", "step-000004.pt"]
     other = torch.nn.Linear(2, 2)
-    assert m.load_checkpoint(tmp_path, other, torch.optim.AdamW(other.parameters())) == 4
+    assert m.load_checkpoint(tmp_path, other, torch.optim.AdamW(other.parameters())) == {"step": 4, "best": 0.5}
     assert torch.equal(other.weight, model.weight)
     assert [row["step"] for row in m.read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
