@@ -143,7 +143,7 @@ def yield_to_neighbours() -> None:
 
 
 def metrics_table() -> str:
-    """What each number of metrics.jsonl means, what to expect (a judgement from few runs), when to worry."""
+    """What each number of metrics.jsonl means, what the default run gave or is to be expected, when to worry."""
     rows = json.loads((data_dir / "metrics.json").read_text("utf-8"))
     return markdown_table(rows[0], [row.values() for row in rows])
 
