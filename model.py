@@ -1113,7 +1113,7 @@ class VllmEngine:
         self.llm = LLM(
             source, dtype="bfloat16", distributed_executor_backend="external_launcher", tensor_parallel_size=1,
             gpu_memory_utilization=share, max_model_len=max_length, enable_sleep_mode=True, generation_config="vllm",
-            logprobs_mode="processed_logprobs", seed=init_distributed()[0],
+            logprobs_mode="processed_logprobs", seed=int(os.environ["RANK"]),
         )
         self.sleep()
         torch.set_rng_state(rng)
