@@ -128,7 +128,7 @@ def superior_cot_mask(reasoning_PG: torch.Tensor, direct_PH: torch.Tensor) -> to
     """Paper Eq. 7, (P,) bool: True = train on the prompt. Takes accuracy rewards alone, without the format part.
 
     A prompt is skipped when its best reasoning rollout is worse than its worst direct one: thinking as it is now would
-    only be reinforced for being the least bad. Without direct rollouts (math, H = 0) nothing is skipped.
+    only be reinforced for being the least bad. On a tie it stays, and without direct rollouts (math, H = 0) as well.
     """
     if direct_PH.shape[1] == 0:
         return torch.ones(len(reasoning_PG), dtype=torch.bool, device=reasoning_PG.device)
@@ -288,7 +288,7 @@ def render(records: list[dict], tokenizer, cfg: Config) -> list[dict]:
                                                    record.get("language", "en"))
                              for mode in ("cot", "direct")}
     return m.filter_and_count(records, lambda record: len(record["prompts"]["cot"].ids) <= cfg.max_prompt_tokens,
-                  f"prompts exceed {cfg.max_prompt_tokens} tokens")
+                              f"prompts exceed {cfg.max_prompt_tokens} tokens")
 
 
 def deactivate_judge_constraints(records: list[dict]) -> list[dict]:
@@ -297,7 +297,7 @@ def deactivate_judge_constraints(records: list[dict]) -> list[dict]:
         for constraint in record.get("constraints", []):
             constraint["active"] &= constraint["kind"] == "code"
     return m.filter_and_count(records, lambda r: r["task"] == "math" or any(c["active"] for c in r["constraints"]),
-                  "records have no active code constraint")
+                              "records have no active code constraint")
 
 
 def load_pools(cfg: Config, tokenizer) -> dict[str, list]:
@@ -312,11 +312,11 @@ def load_pools(cfg: Config, tokenizer) -> dict[str, list]:
     records = read_records(path)
     if cfg.code_only:
         records = deactivate_judge_constraints(records)
-    records = render(records, tokenizer, cfg)
+    records, limit = render(records, tokenizer, cfg), cfg.max_prompt_tokens + cfg.max_new_tokens
     pools = {
         "instruction": [record for record in records if record["task"] == "instruction" and cfg.data != "math"],
         "math": [record for record in records if record["task"] == "math" and cfg.data != "complex"],
-        "expert": m.load_experts(expert_path, tokenizer, cfg.family, cfg.max_prompt_tokens + cfg.max_new_tokens),
+        "expert": m.load_experts(expert_path, tokenizer, cfg.family, limit),
         "dev": load_dev(cfg, path, tokenizer),
     }
     if not pools["instruction"] and cfg.data != "math":
@@ -330,9 +330,10 @@ def load_pools(cfg: Config, tokenizer) -> dict[str, list]:
     if not pools["math"] and math_share(cfg) > 0:
         raise InputError(f"{path}: --data {cfg.data}, --math-ratio {cfg.math_ratio} but no record has task 'math'; add "
                          "math records (python evolve.py does) or give --math-ratio 0")
-    if cfg.bc_coef > 0 and not pools["expert"]:
-        raise InputError(f"{expert_path}: --bc-coef {cfg.bc_coef} but no record has the field 'expert'; give --experts "
-                         "a file with expert answers (python evolve.py writes train.jsonl) or --bc-coef 0")
+    if cfg.bc_coef and not pools["expert"]:
+        raise InputError(f"{expert_path}: --bc-coef {cfg.bc_coef} but no record has the field 'expert' within {limit} "
+                         "tokens; give --experts a file with expert answers (python evolve.py writes train.jsonl), a "
+                         "larger --max-new-tokens, or --bc-coef 0")
     return pools
 
 

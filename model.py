@@ -1882,7 +1882,7 @@ def show_samples(argv) -> None:
             fate += "; truncated"
         print("-" * 100)
         print(f"{line['mode']} {numbers[line['id'], line['mode']]}: reward {line['reward']:+.2f} = format "
-              f"{line['format']:+.0f}, accuracy {line['accuracy']:+.2f}; {fate}")
+              f"{line['format']:+.2f}, accuracy {line['accuracy']:+.2f}; {fate}")
         for constraint in line["constraints"]:
             print("  [x]" if constraint["met"] else "  [ ]", constraint["text"])
         print(line["text"])
